@@ -1,0 +1,100 @@
+"""The two kinds of expected failure. Whatever is neither is a bug and propagates.
+
+    Sn29Error
+      Unavailable   the world did not answer; nothing is known; try again
+      Rejected      something was looked at and breaks a rule; final; carries the rule's reason and both values
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Reason(Enum):
+    """Why something was refused: the closed list. `value` is (sentence, what its owner can do)."""
+
+    MALFORMED_COMMITMENT = (
+        "the string on chain is not namespace:name:revision:digest:competition",
+        "commit again with `sn29 miner`, which writes the string for you",
+    )
+    UNKNOWN_COMPETITION = (
+        "the commitment names a competition that is not in force",
+        "see `sn29 competitions check` for the ones that are",
+    )
+    COPY = (
+        "the same model was committed earlier by another hotkey",
+        "train a model of your own; the earlier commitment keeps the claim",
+    )
+    REPOSITORY_GONE = ("the repository cannot be found by the public", "publish it, then commit again")
+    REVISION_GONE = (
+        "the committed revision is no longer in the repository",
+        "never rewrite a repository after committing; commit again",
+    )
+    REPOSITORY_CLOSED = ("the repository is private or gated", "make it public without a gate")
+    DIGEST = (
+        "the files are not the ones that the commitment claims for this hotkey",
+        "commit the digest that `sn29 check` prints for your files",
+    )
+    FORBIDDEN_FILE = (
+        "the repository holds a file that no model needs",
+        "keep to *.safetensors, config.json, generation_config.json, tokenizer files and README.md",
+    )
+    MISSING_FILE = ("a file that every model needs is missing", "add it and commit again")
+    TOO_LARGE = ("the repository is larger than the competition allows", "publish a smaller checkpoint")
+    BAD_CONFIG = ("config.json is not usable", "write it with save_pretrained of the pinned transformers")
+    FAMILY = ("the model's class is not one of the competition's", "train a model of an allowed class")
+    PARAMETERS = ("the number of parameters is outside the competition's limits", "shrink or grow the model")
+    TENSORS = (
+        "the safetensors files do not hold exactly the tensors that config.json implies",
+        "write the files with save_pretrained of the pinned transformers",
+    )
+    VOCABULARY = (
+        "the embedding has fewer rows than the tokenizer has ids",
+        "give the embedding at least one row for each id",
+    )
+    TOKENIZER = ("the tokenizer is not usable or not the one required", "use the competition's tokenizer")
+    ROUND_TRIP = (
+        "the tokenizer does not give back the text that it was given",
+        "use a lossless (byte-level or byte-fallback) tokenizer",
+    )
+    NOT_FINITE = ("the model's weights or losses are not finite numbers", "check the training run for divergence")
+    CORRUPT = ("a file is not what the Hub said it is", "upload the file again and commit again")
+    CRASHED = ("the evaluation of the model ended without a result, twice", "run `sn29 check` on the model")
+    DEADLINE = ("the evaluation of the model did not end in time, twice", "publish a faster model")
+    COMPETITION_FILE = ("the competition file is not valid", "mend the named field")
+    SETTING = ("the setting is not usable", "see --help")
+
+    @property
+    def code(self) -> str:
+        """Stable short name for machines, e.g. `parameters`."""
+        return self.name.lower()
+
+    @property
+    def sentence(self) -> str:
+        return self.value[0]
+
+    @property
+    def advice(self) -> str:
+        return self.value[1]
+
+
+class Sn29Error(Exception):
+    """Root of all failures that are expected in normal operation."""
+
+
+class Unavailable(Sn29Error):
+    """The chain, the Hub, the disk or a child process did not answer: nothing is known, so try again later."""
+
+    def __init__(self, what: str, why: str, retry_s: float | None = None) -> None:
+        super().__init__(f"{what}: {why}")
+        self.what, self.why = what, why
+        self.retry_s = retry_s
+        """Seconds after which the other side asked to be tried again; None when it did not say."""
+
+
+class Rejected(Sn29Error):
+    """A rule is broken, for good. `got` is what was found, `limit` what the rule asks for."""
+
+    def __init__(self, reason: Reason, got: object, limit: object, where: str = "") -> None:
+        super().__init__(f"{where + ': ' if where else ''}{reason.sentence} (got {got}, rule {limit})")
+        self.reason, self.got, self.limit, self.where = reason, str(got), str(limit), where

@@ -1,0 +1,273 @@
+"""The words of the house: frozen records that the stages hand to each other. Imports nothing of ours but errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from sn29.errors import Reason, Rejected
+
+MAX_COMMITMENT_BYTES = 128
+"""The chain's largest raw commitment field that every reader decodes (`Raw0..Raw128`)."""
+
+_REPO_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
+_COMMITMENT = re.compile(
+    rf"(?P<namespace>{_REPO_PART}):(?P<name>{_REPO_PART}):(?P<revision>[0-9a-f]{{40}})"
+    r":(?P<digest>[A-Za-z0-9+/]{43}=):(?P<competition>[a-z0-9][a-z0-9_-]{0,15})"
+)
+_MODEL_ID = re.compile(rf"(?P<namespace>{_REPO_PART})/(?P<name>{_REPO_PART})@(?P<revision>[0-9a-f]{{40}})")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ModelId:
+    """Where a model lives on the Hub: a repository at one immutable commit."""
+
+    namespace: str
+    name: str
+    revision: str
+    """Hub commit sha, 40 hex digits."""
+
+    @property
+    def repo(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.revision}"
+
+    @classmethod
+    def parse(cls, text: str) -> ModelId:
+        """From `namespace/name@revision`. Raises Rejected(SETTING)."""
+        found = _MODEL_ID.fullmatch(text)
+        if not found:
+            raise Rejected(Reason.SETTING, text, "namespace/name@REVISION with 40 hex digits")
+        return cls(**found.groupdict())
+
+
+@dataclass(frozen=True, slots=True)
+class Commitment:
+    """A miner's claim on chain: this model, for this competition, from this block on."""
+
+    hotkey: str
+    block: int
+    """The block that included the commitment: the claim's age is counted from here."""
+    model: ModelId
+    digest: str
+    """base64(sha256(content id and hotkey)): see `models.checkpoint.digest`."""
+    competition: str
+
+    def encode(self) -> bytes:
+        """The chain's bytes. Raises Rejected when they exceed 128 bytes (namespace and name share about 37)."""
+        m = self.model
+        data = f"{m.namespace}:{m.name}:{m.revision}:{self.digest}:{self.competition}".encode()
+        if len(data) > MAX_COMMITMENT_BYTES:
+            raise Rejected(
+                Reason.MALFORMED_COMMITMENT, f"{len(data)} bytes", f"at most {MAX_COMMITMENT_BYTES} bytes", m.repo
+            )
+        if not _COMMITMENT.fullmatch(data.decode()):
+            raise Rejected(Reason.MALFORMED_COMMITMENT, data.decode(), _COMMITMENT.pattern)
+        return data
+
+    @classmethod
+    def parse(cls, hotkey: str, block: int, data: bytes) -> Commitment:
+        """From the chain's bytes. Raises Rejected(MALFORMED_COMMITMENT); never anything else, whatever the bytes."""
+        text = data.decode("utf-8", errors="replace")
+        found = _COMMITMENT.fullmatch(text) if len(data) <= MAX_COMMITMENT_BYTES else None
+        if not found:
+            shown = "".join(c if c.isprintable() else "?" for c in text[:160])
+            raise Rejected(Reason.MALFORMED_COMMITMENT, repr(shown), "namespace:name:revision:digest:competition", hotkey)
+        part = found.groupdict()
+        model = ModelId(part["namespace"], part["name"], part["revision"])
+        return cls(hotkey, block, model, part["digest"], part["competition"])
+
+
+@dataclass(frozen=True, slots=True)
+class RawCommitment:
+    """What a hotkey wrote on chain, as bytes, with the block that included it."""
+
+    hotkey: str
+    block: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A point of the chain."""
+
+    block: int
+    hash: str
+    """0x and 64 hex digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Neuron:
+    """One registered participant of the subnet."""
+
+    uid: int
+    hotkey: str
+    coldkey: str
+    permit: bool
+    """May set weights for others."""
+    stake: float
+    incentive: float
+    last_update: int
+    """Block of its last weight set (or commit of one); registration block before that."""
+    registered_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Metagraph:
+    """The subnet's neurons at one block."""
+
+    netuid: int
+    block: int
+    neurons: tuple[Neuron, ...]
+
+    def uid_of(self) -> Mapping[str, int]:
+        return MappingProxyType({n.hotkey: n.uid for n in self.neurons})
+
+
+@dataclass(frozen=True, slots=True)
+class SubnetParams:
+    """The chain's own settings that a neuron must respect."""
+
+    tempo: int
+    """Blocks between reward runs."""
+    weights_rate_limit: int
+    """Blocks that must lie between two weight sets of one hotkey."""
+    min_weights: int
+    max_weight: float
+    """Largest share that one uid may get, 0..1."""
+    version_key: int
+    commit_reveal: bool
+    immunity_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """A write that the chain took."""
+
+    block: int
+    verified_by_readback: bool
+    """True when the outcome was read back from the chain; we do that always, also after an unclear reply."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class RepoFile:
+    """One file of a Hub repository at a revision, as the Hub's metadata states it."""
+
+    path: str
+    size: int
+    oid: str
+    """`sha256:<64 hex>` for a file in large file storage, `git:<40 hex>` (blob id) for a small one."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepoListing:
+    """A repository at a revision: what one Hub request says before a byte of a file is fetched."""
+
+    model: ModelId
+    files: tuple[RepoFile, ...]
+    """Sorted by path."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(f.size for f in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What config.json and the safetensors headers say about a model, weights unread."""
+
+    content_id: str
+    """sha256 hex over the model's files: see `models.checkpoint.content_id`."""
+    family: str
+    """The transformers class, e.g. `LlamaForCausalLM`."""
+    num_parameters: int
+    num_bytes: int
+    vocab_size: int
+    """Rows of the embedding."""
+    hidden_size: int
+    num_layers: int
+    start_token: int
+    """Id that stands in front of every text and is not scored itself."""
+    has_tokenizer: bool
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Sample:
+    """One evaluation text."""
+
+    id: str
+    """sha256 hex of the text, first 32 digits: the same text is the same sample wherever it stands."""
+    text: str = field(repr=False)
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.text.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The span of blocks in which one set of samples decides; opened by the hash of a finalized block."""
+
+    competition: str
+    index: int
+    seed: Head
+    """Samples are drawn from this block's hash; only commitments of earlier blocks are judged on them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Summed nats of one sample under one model; +inf with a reason when it cannot be scored; never NaN."""
+
+    sample: str
+    """Sample id."""
+    nats: float
+    num_tokens: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one commitment in one round."""
+
+    hotkey: str
+    competition: str
+    """Empty when the commitment does not name one."""
+    block: int
+    status: str
+    """`evaluated`, `rejected` or `unavailable`."""
+    model: str = ""
+    """namespace/name@revision; empty when the commitment does not name one."""
+    content_id: str = ""
+    reason: str = ""
+    """Reason code, e.g. `copy`; empty when evaluated."""
+    detail: str = ""
+    """The sentence with both values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One model's standing in one competition in one round."""
+
+    hotkey: str
+    wins: float
+    """Groups of samples won, under the advantage of earlier commitments."""
+    win_rate: float
+    """Wins over the groups that anybody could win; all scores of a round sum to 1, or to 0 when nobody won."""
+    win_rate_without_advantage: float
+    advantage: float
+    """The factor that a later model's loss must get below: 1 - what is left of the advantage."""
+    weight: float
+    """Share of the competition's reward, 0..1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What a validator sets on chain, by hotkey: non-negative, sum 1 (or empty: nothing to set)."""
+
+    block: int
+    """The block whose round decided them."""
+    by_hotkey: Mapping[str, float]

@@ -1,8 +1,8 @@
 """The two kinds of expected failure. Whatever is neither is a bug and propagates.
 
-    Sn29Error
-      Unavailable   the world did not answer; nothing is known; try again
-      Rejected      something was looked at and breaks a rule; final; carries the rule's reason and both values
+Sn29Error
+  Unavailable   the world did not answer; nothing is known; try again
+  Rejected      something was looked at and breaks a rule; final; carries the rule's reason and both values
 """
 
 from __future__ import annotations
@@ -61,8 +61,26 @@ class Reason(Enum):
     CORRUPT = ("a file is not what the Hub said it is", "upload the file again and commit again")
     CRASHED = ("the evaluation of the model ended without a result, twice", "run `sn29 check` on the model")
     DEADLINE = ("the evaluation of the model did not end in time, twice", "publish a faster model")
+    DATASET = (
+        "the data set cannot serve samples",
+        "name parquet files with enough different texts in row groups of at most 20 MB of text",
+    )
     COMPETITION_FILE = ("the competition file is not valid", "mend the named field")
     SETTING = ("the setting is not usable", "see --help")
+    NOT_REGISTERED = (
+        "the hotkey is not registered on the subnet",
+        "register it with `btcli subnets register`, then start again",
+    )
+    NOT_PERMITTED = (
+        "the chain does not permit this hotkey to set weights",
+        "a validator permit needs stake: see `btcli subnets metagraph`",
+    )
+    OUTDATED = ("the subnet asks for a newer version of this software", "update sn29 and start again")
+    NO_WEIGHTS = (
+        "there is no weight to set for any registered hotkey",
+        "nothing to do: the weights on chain stay until a round has a winner",
+    )
+    REFUSED_BY_CHAIN = ("the chain refuses the transaction for good", "look up the chain's own error name")
 
     @property
     def code(self) -> str:

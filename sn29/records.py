@@ -182,6 +182,8 @@ class ModelFacts:
 
     content_id: str
     """sha256 hex over the model's files: see `models.checkpoint.content_id`."""
+    weights_id: str
+    """sha256 hex over the object ids of the safetensors files alone: the same in a copy with another config text."""
     family: str
     """The transformers class, e.g. `LlamaForCausalLM`."""
     num_parameters: int

@@ -1,0 +1,1 @@
+"""The two programs of the subnet, validator and miner, and the adapters that their settings ask for."""

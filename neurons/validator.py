@@ -1,0 +1,119 @@
+"""The validator: `python neurons/validator.py --help`, or `sn29 validator --help`.
+
+Two loops side by side: rounds, and the publisher that sets the latest weights on time however long a round takes. All
+that they share is in the store. Ctrl-C and SIGTERM end both; what was measured is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+
+from sn29 import telemetry
+from sn29.errors import Rejected, Sn29Error, Unavailable
+from sn29.settings import ValidatorSettings, read
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 after --rounds or a signal, 1 when a setting, the wallet or a competition file is wrong."""
+    try:
+        settings = read(ValidatorSettings, sys.argv[1:] if arguments is None else arguments)
+        telemetry.configure(as_json=settings.log_json, level=settings.log_level, file=settings.log_file)
+        asyncio.run(run(settings))
+    except Sn29Error as error:
+        print(f"sn29 validator: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def run(settings: ValidatorSettings) -> None:
+    """Both loops until one ends or a signal comes."""
+    from neurons.adapters import Tokenizers, dataset_of, open_chain, read_rules
+    from sn29.hub import Hub
+    from sn29.round import Machine, Ports
+    from sn29.store import Store
+
+    rules = read_rules(settings)
+    hub = Hub(settings.hub_endpoint)
+    store = Store(settings.state_dir / "store.db")
+    machine = Machine(
+        models_dir=settings.state_dir / "models",
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        evaluation_deadline_s=settings.evaluation_deadline_s,
+        download_deadline_s=settings.download_deadline_s,
+    )
+    async with open_chain(settings) as chain:
+        store.belong_to(f"{await chain.block_hash(0)} netuid {settings.netuid}")
+        telemetry.tell("started", f"validator {chain.hotkey} on {settings.network}", competitions=", ".join(rules.competitions))
+        tokenizers = Tokenizers(hub, settings.state_dir / "tokenizers")
+        ports = Ports(chain, hub, store, dataset_of(hub, settings.competitions_dir), tokenizers, machine)
+        rounds_done = asyncio.Event()
+        rounds = asyncio.create_task(_rounds(settings, ports, rules, rounds_done))
+        publisher = asyncio.create_task(_publisher(settings, ports, rounds_done))
+        _on_signals(rounds, publisher)
+        await _until_over(rounds, publisher)
+    store.close()
+    telemetry.tell("stopped", "nothing is lost: start again to go on")
+
+
+async def _rounds(settings: ValidatorSettings, ports, rules, done: asyncio.Event) -> None:  # type: ignore[no-untyped-def]
+    """One round after the other, waiting for the chain in between."""
+    from sn29.round import plan_round, run_round
+
+    finished = 0
+    while not settings.rounds or finished < settings.rounds:
+        try:
+            plan = await plan_round(ports, rules, catch_up=settings.catch_up)
+            if plan is not None:
+                await run_round(ports, rules, plan)
+                finished += 1
+                continue
+        except Unavailable as error:
+            telemetry.warn("unavailable", str(error))
+        except Exception:  # noqa: BLE001 - one of the two daemon loops: a bug is logged with its traceback, the loop goes on
+            telemetry.bug("the round failed; it is tried again")
+        await asyncio.sleep(settings.poll_s)
+    done.set()
+
+
+async def _publisher(settings: ValidatorSettings, ports, rounds_done: asyncio.Event) -> None:  # type: ignore[no-untyped-def]
+    """Sets weights whenever they are due; ends when the rounds are done and the last weights are on chain."""
+    from sn29.round import publish
+
+    while True:
+        last_look = rounds_done.is_set()
+        try:
+            await publish(ports.chain, ports.store)
+        except (Unavailable, Rejected) as error:  # e.g. not registered (yet): said again until it is mended
+            telemetry.warn("not_published", str(error))
+        except Exception:  # noqa: BLE001 - the other daemon loop
+            telemetry.bug("setting weights failed; it is tried again")
+        newest, publications = ports.store.weights(), ports.store.publications()
+        on_chain = newest is None or not newest.by_hotkey or (publications and publications[-1][1].block >= newest.block)
+        if last_look and on_chain:
+            return
+        await asyncio.sleep(settings.poll_s)
+
+
+def _on_signals(*tasks: asyncio.Task[None]) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for task in tasks:
+            loop.add_signal_handler(number, task.cancel)
+
+
+async def _until_over(*tasks: asyncio.Task[None]) -> None:
+    try:
+        await asyncio.gather(*tasks)
+    except asyncio.CancelledError:
+        telemetry.tell("stopping", "a signal asked for it")
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

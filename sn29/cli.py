@@ -1,0 +1,210 @@
+"""`sn29 ...`: parses before it imports anything heavy, so that --help answers at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sn29 import __version__
+from sn29.errors import Reason, Rejected, Sn29Error
+
+USAGE = f"""\
+sn29 {__version__}: node software of Bittensor subnet 29
+
+  sn29 demo                        a whole subnet on this machine: chain, Hub, miners, validator, and a page at the end
+  sn29 validator                   pull miners' models, check them, measure every sample's loss, set weights
+  sn29 miner                       train a model, check it as a validator would, publish it, commit to it
+  sn29 check MODEL_DIR             would a validator accept this model? exit 0 or 1, with the reason
+  sn29 competitions check [DIR]    are these competition files valid? exit 0 or 1, with file, field and both values
+  sn29 localnet up                 a chain and a Hub on this machine, for rehearsals
+
+  sn29 COMMAND --help              the flags of a command
+  sn29 --version
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 refused or unavailable (one line on standard error says what), 2 wrong usage."""
+    words = sys.argv[1:] if arguments is None else arguments
+    for name, command in _COMMANDS.items():
+        if words[: len(name)] == list(name):
+            return _guarded(name, command, words[len(name) :])
+    if words[:1] == ["--version"]:
+        print(__version__)
+        return 0
+    print(USAGE, file=sys.stdout if words[:1] in (["--help"], ["-h"], []) else sys.stderr)
+    if words[:1] in (["--help"], ["-h"], []):
+        return 0
+    print(f"sn29: no command {' '.join(words[:2])!r}", file=sys.stderr)
+    return 2
+
+
+def _guarded(name: tuple[str, ...], command: Callable[[list[str]], int], words: list[str]) -> int:
+    try:
+        return command(words)
+    except Sn29Error as error:
+        print(f"sn29 {' '.join(name)}: {error}", file=sys.stderr)
+        if isinstance(error, Rejected):
+            print(f"  what to do: {error.reason.advice}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"sn29 {' '.join(name)}: stopped", file=sys.stderr)
+        return 130
+
+
+def _validator(words: list[str]) -> int:
+    from neurons.validator import main as run
+
+    return run(words)
+
+
+def _miner(words: list[str]) -> int:
+    from neurons.miner import main as run
+
+    return run(words)
+
+
+def _demo(words: list[str]) -> int:
+    from sn29.settings import DemoSettings, read
+
+    settings = read(DemoSettings, words)
+    from sn29.localnet.demo import run
+    from sn29.report.page import write_page
+
+    ended = run(settings)
+    page = write_page(ended.folder / "report.html", ended.records, ended.published, ended.names, ended.curves, ended.unigram)
+    print(f"\nThe page with curves, win matrix and weights: {page}")
+    if settings.open_page:
+        import webbrowser
+
+        webbrowser.open(page.as_uri())
+    return 0
+
+
+def _competitions_check(words: list[str]) -> int:
+    """DIR (default: competitions), the only argument."""
+    if words[:1] in (["--help"], ["-h"]):
+        print("usage: sn29 competitions check [DIR]\n\nValidates DIR/*.yaml (default: competitions). Exit 1 when one is wrong.")
+        return 0
+    if len(words) > 1:
+        raise Rejected(Reason.SETTING, " ".join(words), "at most one folder", "sn29 competitions check")
+    from neurons.adapters import read_competitions
+
+    folder = Path(words[0] if words else "competitions")
+    competitions, hall, hashes = read_competitions(folder)
+    for name, competition in competitions.items():
+        open_pins = f"; not pinned yet: {', '.join(competition.unpinned)}" if competition.unpinned else ""
+        limit = f"{competition.limits.parameters:,} parameters"
+        print(f"{name}  {competition.reward_share:.0%}  {', '.join(competition.families)}  {limit}  {hashes[name][:12]}{open_pins}")
+    print(f"{len(competitions)} competitions and {len(hall.entries)} hall of fame entries in {folder} are valid")
+    return 0
+
+
+def _check(words: list[str]) -> int:
+    from sn29.settings import CheckSettings, read
+
+    settings = read(CheckSettings, words)
+    from neurons.adapters import Tokenizers, read_competitions
+    from sn29.rules.competition import FixedTokenizer, parse_competition
+
+    named = Path(settings.competition)
+    if named.suffix == ".yaml":
+        if not named.is_file():
+            raise Rejected(Reason.SETTING, named, "a competition file that exists", "--competition")
+        competition = parse_competition(named.stem, named.read_text(encoding="utf-8"))
+    else:
+        from neurons.miner import chosen
+
+        competition = chosen(read_competitions(settings.competitions_dir)[0], settings.competition)
+    from sn29.hub import Hub
+    from sn29.models import checkpoint
+    from sn29.models.tokenizer import Tokenizer
+    from sn29.settings import default_cache
+    from sn29.submission import Checked, FixedText, check, inspect
+
+    fixed = None
+    if isinstance(competition.tokenizer, FixedTokenizer):
+        if settings.tokenizer is not None:
+            tokenizer = Tokenizer.load(settings.tokenizer)
+            if competition.tokenizer.fingerprint not in (None, tokenizer.fingerprint()):
+                raise Rejected(Reason.TOKENIZER, tokenizer.fingerprint(), competition.tokenizer.fingerprint, str(settings.tokenizer))
+            fixed = FixedText(settings.tokenizer, tokenizer.largest_id())
+        else:
+            fixed = FixedText(*Tokenizers(Hub(settings.hub_endpoint), default_cache() / "tokenizers")(competition.tokenizer))
+    if settings.metadata_only:
+        folder = settings.model_dir
+        checked: Checked = inspect(checkpoint.local_listing(folder), checkpoint.local_reader(folder), competition, fixed)
+    else:
+        checked = asyncio.run(check(settings.model_dir, competition, fixed, threads=2, deadline_s=3600))
+    _say_checked(checked, competition.name, as_json=settings.json_output)
+    return 1 if checked.refusals else 0
+
+
+def _say_checked(checked: Any, competition: str, *, as_json: bool) -> None:
+    if as_json:
+        refusals = [
+            {"reason": r.reason.code, "sentence": r.reason.sentence, "got": r.got, "limit": r.limit, "where": r.where, "advice": r.reason.advice}
+            for r in checked.refusals
+        ]
+        facts = asdict(checked.facts) if checked.facts else None
+        print(json.dumps({"competition": competition, "allowed": not refusals, "refusals": refusals, "facts": facts}, indent=2))
+        return
+    if checked.facts:
+        f = checked.facts
+        print(f"{f.family}, {f.num_parameters:,} parameters, {f.num_bytes:,} bytes, vocabulary {f.vocab_size:,}, content {f.content_id}")
+    for refusal in checked.refusals:
+        print(f"refused for {competition}: {refusal}\n  what to do: {refusal.reason.advice}")
+    if not checked.refusals:
+        print(f"allowed for {competition}")
+
+
+def _localnet_up(words: list[str]) -> int:
+    from sn29.settings import LocalnetSettings, default_cache, read
+
+    settings = read(LocalnetSettings, words)
+    from sn29.localnet import text
+    from sn29.localnet.network import prepare
+
+    def say(what: str) -> None:
+        print(f"  {what}", flush=True)
+
+    texts = text.build(default_cache(), say)
+    localnet = prepare(
+        settings.localnet_dir, texts, port=settings.port, block_seconds=settings.block_seconds,
+        window_blocks=settings.window_blocks, say=say,
+    )  # fmt: skip
+    for entry, validator in [(e, False) for e in settings.miners] + [(e, True) for e in settings.validators]:
+        wallet, _, hotkey = entry.partition("/")
+        address = localnet.register(wallet, hotkey or "default", settings.wallet_path, validator=validator)
+        print(f"  registered {entry}: {address}, Hub token of {wallet}: {localnet.hub_token(wallet)}")
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    with localnet.serve() as hub:
+        print(f"up: chain and Hub in {localnet.folder}, Hub at {hub.endpoint}; Ctrl-C stops it, all state stays", flush=True)
+        common = f"--network localnet --localnet.dir {localnet.folder} --hub.endpoint {hub.endpoint} --competitions.dir {localnet.competitions}"
+        print(f"  sn29 validator --wallet.name W --wallet.hotkey validator {common}", flush=True)
+        print(f"  HF_TOKEN=... sn29 miner --wallet.name W --wallet.hotkey H --repo W/model --competition c00 {common}", flush=True)
+        try:
+            signal.pause()
+        except KeyboardInterrupt:
+            print("\ndown: all state stays", flush=True)
+    return 0
+
+
+_COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int]] = {
+    ("demo",): _demo,
+    ("validator",): _validator,
+    ("miner",): _miner,
+    ("check",): _check,
+    ("competitions", "check"): _competitions_check,
+    ("localnet", "up"): _localnet_up,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Which commitments are looked at, which of them are copies, and which models are evaluated in this round.
+
+Four questions, in the order in which their answers become known:
+
+    next_round     from the chain's height: which block's round is due?
+    select         from the chain alone: is its competition in force, is its model known to belong to somebody else?
+    first_claims   from Hub metadata: who committed this content first?
+    choose         who gets one of the places under evaluation?
+
+A claim is remembered only for content that was seen to match the commitment's digest. A model id alone claims
+nothing: anybody can commit the name of somebody else's repository, but not the digest of files that they have not
+read for their own hotkey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from sn29.errors import Reason, Rejected
+from sn29.records import Commitment
+from sn29.rules.competition import Pool
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Claim:
+    """Since when a model id, a content id or a weight file is whose. The smaller claim is the earlier one."""
+
+    block: int
+    hotkey: str
+
+    def __str__(self) -> str:
+        return f"{self.hotkey} at block {self.block}"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A commitment that is out, and why."""
+
+    commitment: Commitment
+    failure: Rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What `select` makes of all commitments."""
+
+    by_competition: Mapping[str, tuple[Commitment, ...]]
+    """For every competition in force, sorted by name: its commitments, oldest first."""
+    refused: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """A commitment whose files were seen to match its digest."""
+
+    commitment: Commitment
+    content_id: str
+    weight_oids: tuple[str, ...] = ()
+    """`RepoFile.oid` of the repository's *.safetensors files."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstClaims:
+    """What `first_claims` makes of inspected commitments."""
+
+    owners: tuple[Commitment, ...]
+    """Those that keep their claim, oldest first."""
+    refused: tuple[Refusal, ...]
+    claims: Mapping[str, Claim] = field(repr=False)
+    """Everything known so far, by model id, content id and weight file: to be remembered for later rounds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which models are evaluated in this round."""
+
+    chosen: tuple[Commitment, ...]
+    """Oldest first."""
+    waiting: tuple[Commitment, ...]
+    """Those for whom there was no place, the next in line first."""
+
+
+def next_round(lengths: Mapping[str, int], finalized: int, last: int | None, catch_up: int) -> int | None:
+    """The block of the round that is due at the finalized height, None when there is none.
+
+    A round belongs to a block in which at least one competition's window opens: a multiple of its length in blocks
+    (`lengths`, by competition). Rounds are worked through in order from `last`, the last one that was finished. Of
+    those that were missed only the newest `catch_up` are due, and on a first start (`last` is None) only the newest
+    one. There is no round before every competition has had a whole window of blocks, in which models could be
+    committed.
+    """
+    at_most = 1 if last is None else max(1, catch_up)
+    after = max(last or 0, max(lengths.values(), default=finalized + 1) - 1)
+    opened = {block for n in lengths.values() for block in range(finalized // n * n, after, -n)[:at_most]}
+    due = sorted(opened)[-at_most:]
+    return due[0] if due else None
+
+
+def select(commitments: Iterable[Commitment], competitions: Collection[str], known: Mapping[str, Claim]) -> Selection:
+    """Sort out what the chain alone can tell. `known` holds earlier claims by model id (other keys do no harm)."""
+    by_competition: dict[str, list[Commitment]] = {name: [] for name in sorted(competitions)}
+    refused = []
+    for commitment in _oldest_first(commitments):
+        owner = known.get(str(commitment.model))
+        if commitment.competition not in by_competition:
+            in_force = ", ".join(by_competition) or "none in force"
+            refused.append(_refusal(Reason.UNKNOWN_COMPETITION, commitment, commitment.competition, in_force))
+        elif owner is not None and _belongs_to_another(owner, commitment):
+            refused.append(_refusal(Reason.COPY, commitment, str(commitment.model), f"first committed by {owner}"))
+        else:
+            by_competition[commitment.competition].append(commitment)
+    return Selection({name: tuple(found) for name, found in by_competition.items()}, tuple(refused))
+
+
+def first_claims(inspected: Iterable[Inspected], known: Mapping[str, Claim]) -> FirstClaims:
+    """Give every content, and every single weight file, to whoever committed it first; refuse the others as copies.
+
+    Of one block the smaller hotkey is first. A miner who commits the same content again keeps the first claim to it.
+    What a refused copy brings besides the copied file is not claimed by it. `known` is `claims` of the rounds before.
+    """
+    claims = dict(known)
+    owners, refused = [], []
+    for found in sorted(inspected, key=lambda i: (i.commitment.block, i.commitment.hotkey)):
+        commitment = found.commitment
+        keys = (str(commitment.model), found.content_id, *found.weight_oids)
+        taken = next((key for key in keys if key in claims and _belongs_to_another(claims[key], commitment)), None)
+        if taken is not None:
+            refused.append(_refusal(Reason.COPY, commitment, taken, f"first committed by {claims[taken]}"))
+            continue
+        owners.append(commitment)
+        mine = Claim(commitment.block, commitment.hotkey)
+        claims.update({key: min(mine, claims.get(key, mine)) for key in keys})
+    return FirstClaims(tuple(owners), tuple(refused), claims)
+
+
+def choose(
+    candidates: Iterable[Commitment], pool: Pool, last_weights: Mapping[str, float], last_evaluated: Mapping[str, int]
+) -> Choice:
+    """At most `pool.keep + pool.pending` of the candidates of one competition.
+
+    First the `pool.keep` hotkeys with the largest positive weight in the last round; then models that were never
+    evaluated, oldest commitment first; then the others, longest not evaluated first. `last_weights` is by hotkey,
+    `last_evaluated` by model id (any number that grows with time, such as the window's index).
+    """
+    oldest_first = _oldest_first(candidates)
+    by_weight = sorted(oldest_first, key=lambda c: -last_weights.get(c.hotkey, 0.0))
+    kept = [c for c in by_weight if last_weights.get(c.hotkey, 0.0) > 0][: pool.keep]
+    rest = [c for c in oldest_first if c not in kept]
+    new = [c for c in rest if str(c.model) not in last_evaluated]
+    seen = sorted((c for c in rest if str(c.model) in last_evaluated), key=lambda c: last_evaluated[str(c.model)])
+    line = [*kept, *new, *seen]
+    places = pool.keep + pool.pending
+    return Choice(tuple(_oldest_first(line[:places])), tuple(line[places:]))
+
+
+def _belongs_to_another(owner: Claim, commitment: Commitment) -> bool:
+    return owner.hotkey != commitment.hotkey and owner < Claim(commitment.block, commitment.hotkey)
+
+
+def _oldest_first(commitments: Iterable[Commitment]) -> list[Commitment]:
+    return sorted(commitments, key=lambda c: (c.block, c.hotkey))
+
+
+def _refusal(reason: Reason, commitment: Commitment, got: str, limit: str) -> Refusal:
+    return Refusal(commitment, Rejected(reason, got, limit, commitment.hotkey))

@@ -1,0 +1,1 @@
+"""Numbers: from texts to a checkpoint that can be submitted."""

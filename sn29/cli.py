@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -78,7 +79,9 @@ def _demo(words: list[str]) -> int:
     from sn29.report.page import write_page
 
     ended = run(settings)
-    page = write_page(ended.folder / "report.html", ended.records, ended.published, ended.names, ended.curves, ended.unigram)
+    page = write_page(
+        ended.folder / "report.html", ended.records, ended.published, ended.names, ended.curves, ended.unigram
+    )
     print(f"\nThe page with curves, win matrix and weights: {page}")
     if settings.open_page:
         import webbrowser
@@ -90,7 +93,9 @@ def _demo(words: list[str]) -> int:
 def _competitions_check(words: list[str]) -> int:
     """DIR (default: competitions), the only argument."""
     if words[:1] in (["--help"], ["-h"]):
-        print("usage: sn29 competitions check [DIR]\n\nValidates DIR/*.yaml (default: competitions). Exit 1 when one is wrong.")
+        print(
+            "usage: sn29 competitions check [DIR]\n\nValidates DIR/*.yaml (default: competitions). Exit 1 when one is wrong."
+        )
         return 0
     if len(words) > 1:
         raise Rejected(Reason.SETTING, " ".join(words), "at most one folder", "sn29 competitions check")
@@ -101,7 +106,9 @@ def _competitions_check(words: list[str]) -> int:
     for name, competition in competitions.items():
         open_pins = f"; not pinned yet: {', '.join(competition.unpinned)}" if competition.unpinned else ""
         limit = f"{competition.limits.parameters:,} parameters"
-        print(f"{name}  {competition.reward_share:.0%}  {', '.join(competition.families)}  {limit}  {hashes[name][:12]}{open_pins}")
+        print(
+            f"{name}  {competition.reward_share:.0%}  {', '.join(competition.families)}  {limit}  {hashes[name][:12]}{open_pins}"
+        )
     print(f"{len(competitions)} competitions and {len(hall.entries)} hall of fame entries in {folder} are valid")
     return 0
 
@@ -133,13 +140,22 @@ def _check(words: list[str]) -> int:
         if settings.tokenizer is not None:
             tokenizer = Tokenizer.load(settings.tokenizer)
             if competition.tokenizer.fingerprint not in (None, tokenizer.fingerprint()):
-                raise Rejected(Reason.TOKENIZER, tokenizer.fingerprint(), competition.tokenizer.fingerprint, str(settings.tokenizer))
+                raise Rejected(
+                    Reason.TOKENIZER,
+                    tokenizer.fingerprint(),
+                    competition.tokenizer.fingerprint,
+                    str(settings.tokenizer),
+                )
             fixed = FixedText(settings.tokenizer, tokenizer.largest_id())
         else:
-            fixed = FixedText(*Tokenizers(Hub(settings.hub_endpoint), default_cache() / "tokenizers")(competition.tokenizer))
+            fixed = FixedText(
+                *Tokenizers(Hub(settings.hub_endpoint), default_cache() / "tokenizers")(competition.tokenizer)
+            )
     if settings.metadata_only:
         folder = settings.model_dir
-        checked: Checked = inspect(checkpoint.local_listing(folder), checkpoint.local_reader(folder), competition, fixed)
+        checked: Checked = inspect(
+            checkpoint.local_listing(folder), checkpoint.local_reader(folder), competition, fixed
+        )
     else:
         checked = asyncio.run(check(settings.model_dir, competition, fixed, threads=2, deadline_s=3600))
     _say_checked(checked, competition.name, as_json=settings.json_output)
@@ -149,15 +165,28 @@ def _check(words: list[str]) -> int:
 def _say_checked(checked: Any, competition: str, *, as_json: bool) -> None:
     if as_json:
         refusals = [
-            {"reason": r.reason.code, "sentence": r.reason.sentence, "got": r.got, "limit": r.limit, "where": r.where, "advice": r.reason.advice}
+            {
+                "reason": r.reason.code,
+                "sentence": r.reason.sentence,
+                "got": r.got,
+                "limit": r.limit,
+                "where": r.where,
+                "advice": r.reason.advice,
+            }
             for r in checked.refusals
         ]
         facts = asdict(checked.facts) if checked.facts else None
-        print(json.dumps({"competition": competition, "allowed": not refusals, "refusals": refusals, "facts": facts}, indent=2))
+        print(
+            json.dumps(
+                {"competition": competition, "allowed": not refusals, "refusals": refusals, "facts": facts}, indent=2
+            )
+        )
         return
     if checked.facts:
         f = checked.facts
-        print(f"{f.family}, {f.num_parameters:,} parameters, {f.num_bytes:,} bytes, vocabulary {f.vocab_size:,}, content {f.content_id}")
+        print(
+            f"{f.family}, {f.num_parameters:,} parameters, {f.num_bytes:,} bytes, vocabulary {f.vocab_size:,}, content {f.content_id}"
+        )
     for refusal in checked.refusals:
         print(f"refused for {competition}: {refusal}\n  what to do: {refusal.reason.advice}")
     if not checked.refusals:
@@ -183,16 +212,22 @@ def _localnet_up(words: list[str]) -> int:
         wallet, _, hotkey = entry.partition("/")
         address = localnet.register(wallet, hotkey or "default", settings.wallet_path, validator=validator)
         print(f"  registered {entry}: {address}, Hub token of {wallet}: {localnet.hub_token(wallet)}")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    over = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # set here, because a shell starts background jobs deaf to SIGINT
+        signal.signal(number, lambda *_: over.set())
     with localnet.serve() as hub:
-        print(f"up: chain and Hub in {localnet.folder}, Hub at {hub.endpoint}; Ctrl-C stops it, all state stays", flush=True)
+        print(
+            f"up: chain and Hub in {localnet.folder}, Hub at {hub.endpoint}; Ctrl-C stops it, all state stays",
+            flush=True,
+        )
         common = f"--network localnet --localnet.dir {localnet.folder} --hub.endpoint {hub.endpoint} --competitions.dir {localnet.competitions}"
         print(f"  sn29 validator --wallet.name W --wallet.hotkey validator {common}", flush=True)
-        print(f"  HF_TOKEN=... sn29 miner --wallet.name W --wallet.hotkey H --repo W/model --competition c00 {common}", flush=True)
-        try:
-            signal.pause()
-        except KeyboardInterrupt:
-            print("\ndown: all state stays", flush=True)
+        print(
+            f"  HF_TOKEN=... sn29 miner --wallet.name W --wallet.hotkey H --repo W/model --competition c00 {common}",
+            flush=True,
+        )
+        over.wait()
+    print("\ndown: all state stays", flush=True)
     return 0
 
 

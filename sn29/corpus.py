@@ -159,9 +159,7 @@ def _matches(path: str, pattern: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 
 
-def _row_groups(
-    data: DataFiles, files: Sequence[tuple[str, int]], column: str, numbers: _Numbers
-) -> Iterator[_RowGroup]:
+def _row_groups(data: DataFiles, files: Sequence[tuple[str, int]], column: str, numbers: _Numbers) -> Iterator[_RowGroup]:
     """Every row group that has rows, once, in drawn order. A file's footer is read when the file is first drawn."""
     left: dict[str, list[_RowGroup]] = {}
     open_files = [(path, size) for path, size in files if size]
@@ -220,9 +218,9 @@ def _texts(data: DataFiles, group: _RowGroup, column: str, max_chars: int, seed:
     while left:
         at = numbers.below(len(left))
         left[at], left[-1] = left[-1], left[at]
-        text = rows[left.pop()].as_py() or ""
+        text = capped(rows[left.pop()].as_py() or "", max_chars)
         if text.strip():
-            yield capped(text, max_chars)
+            yield text
 
 
 def _take(samples: dict[str, Sample], until: int, texts: Iterator[str]) -> None:
@@ -246,9 +244,7 @@ def _reading(path: str) -> Iterator[None]:
 # --- training text ----------------------------------------------------------------------------------------------------
 
 
-def documents(
-    files: Sequence[Path], column: str, *, seed: int, shuffle_buffer: int = 0, skip: int = 0
-) -> Iterator[str]:
+def documents(files: Sequence[Path], column: str, *, seed: int, shuffle_buffer: int = 0, skip: int = 0) -> Iterator[str]:
     """The documents of parquet files, once: the same order for the same seed, from document number `skip` on.
 
     Shuffled are the files, then the documents through a buffer of `shuffle_buffer` (0: as they lie, files in given

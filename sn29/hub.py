@@ -308,6 +308,10 @@ class HubDataset:
     def open(self, path: str) -> BinaryIO:
         return self._hub.open(self._repo, path, self._by_path()[path])
 
+    def stream(self, repo: ModelId, path: str, *, start: int = 0, timeout_s: float | None = None) -> Iterator[bytes]:
+        """A file's bytes for `models.fetch`."""
+        return self._hub.stream(repo, path, start=start, kind="dataset", timeout_s=timeout_s)
+
     def _by_path(self) -> dict[str, int]:
         if self._sizes is None:
             self._sizes = {file.path: file.size for file in self._hub.listing(self._repo, "dataset").files}

@@ -76,7 +76,9 @@ class Commitment:
         found = _COMMITMENT.fullmatch(text) if len(data) <= MAX_COMMITMENT_BYTES else None
         if not found:
             shown = "".join(c if c.isprintable() else "?" for c in text[:160])
-            raise Rejected(Reason.MALFORMED_COMMITMENT, repr(shown), "namespace:name:revision:digest:competition", hotkey)
+            raise Rejected(
+                Reason.MALFORMED_COMMITMENT, repr(shown), "namespace:name:revision:digest:competition", hotkey
+            )
         part = found.groupdict()
         model = ModelId(part["namespace"], part["name"], part["revision"])
         return cls(hotkey, block, model, part["digest"], part["competition"])

@@ -202,7 +202,9 @@ async def _admit(
 ) -> Admitted:
     """The commitments made before the window's seed block, as far as chain and metadata can judge them."""
     name = competition.name
-    commitments, no_competition, entrants, outcomes = [], [], [], []
+    commitments, entrants = [], []
+    outcomes: list[Outcome] = []
+    no_competition: list[Outcome] = []
     for raw in await ports.chain.commitments(window.seed.block - 1):
         try:
             commitments.append(Commitment.parse(raw.hotkey, raw.block, raw.data))
@@ -233,7 +235,9 @@ async def _judge(ports: Ports, rules: Rules, admitted: Admitted, claims: FirstCl
     outcomes += [_waiting(c) for c in choice.waiting]
     for outcome in (*admitted.no_competition, *outcomes):
         if outcome.status == "rejected":
-            warn("refused", outcome.detail, hotkey=outcome.hotkey, competition=outcome.competition, reason=outcome.reason)
+            warn(
+                "refused", outcome.detail, hotkey=outcome.hotkey, competition=outcome.competition, reason=outcome.reason
+            )
     samples = await asyncio.to_thread(_draw, ports, competition, window)
     tell("samples", f"{competition.name}: {len(samples)} samples drawn by the hash of block {window.seed.block}")
     losses = {}
@@ -276,7 +280,9 @@ async def _inspect(ports: Ports, rules: Rules, competition: Competition, commitm
     if known is not None:
         tell("remembered", "refused before: not looked at again", hotkey=hotkey, reason=known.reason)
         return known
-    largest_id = ports.tokenizer(competition.tokenizer)[1] if isinstance(competition.tokenizer, FixedTokenizer) else None
+    largest_id = (
+        ports.tokenizer(competition.tokenizer)[1] if isinstance(competition.tokenizer, FixedTokenizer) else None
+    )
     try:
         listing = await asyncio.to_thread(ports.hub.listing, commitment.model)
         content = checkpoint.content_id(listing.files)
@@ -293,7 +299,12 @@ async def _inspect(ports: Ports, rules: Rules, competition: Competition, commitm
         return outcome
     except Unavailable as error:
         return _put_off(commitment, error)
-    tell("inspected", f"{facts.family}, {facts.num_parameters:,} parameters: allowed", hotkey=hotkey, competition=competition.name)
+    tell(
+        "inspected",
+        f"{facts.family}, {facts.num_parameters:,} parameters: allowed",
+        hotkey=hotkey,
+        competition=competition.name,
+    )
     return Entrant(commitment, facts, listing)
 
 
@@ -358,7 +369,13 @@ async def _fetch(ports: Ports, entrant: Entrant) -> Path:
 
     folder = ports.machine.models_dir / entrant.facts.content_id
     await asyncio.to_thread(
-        fetch, ports.hub, entrant.listing, folder, deadline_s=ports.machine.download_deadline_s, progress=count
+        fetch,
+        ports.hub,
+        entrant.listing,
+        folder,
+        only=checkpoint.is_content,
+        deadline_s=ports.machine.download_deadline_s,
+        progress=count,
     )
     what = f"{received:,} bytes downloaded, every file's hash checked" if received else "the files are here already"
     tell("fetched", what, hotkey=entrant.commitment.hotkey, bytes=received)
@@ -377,7 +394,9 @@ async def _evaluate(ports: Ports, entrant: Entrant, job: Job) -> tuple[Loss, ...
             late = "no result within" in error.why
             if ports.store.count_failure(entrant.commitment) >= 2:
                 reason = Reason.DEADLINE if late else Reason.CRASHED
-                raise Rejected(reason, error.why, f"{ports.machine.evaluation_deadline_s:.0f} s" if late else "a result") from None
+                raise Rejected(
+                    reason, error.why, f"{ports.machine.evaluation_deadline_s:.0f} s" if late else "a result"
+                ) from None
             warn("retry", str(error), hotkey=entrant.commitment.hotkey)
 
 
@@ -396,7 +415,9 @@ def _outcome_of(refusal: Refusal) -> Outcome:
 
 def _put_off(c: Commitment, error: Unavailable) -> Outcome:
     warn("unavailable", str(error), hotkey=c.hotkey, competition=c.competition)
-    return Outcome(c.hotkey, c.competition, c.block, "unavailable", str(c.model), reason="unavailable", detail=str(error))
+    return Outcome(
+        c.hotkey, c.competition, c.block, "unavailable", str(c.model), reason="unavailable", detail=str(error)
+    )
 
 
 def _waiting(c: Commitment) -> Outcome:
@@ -424,9 +445,16 @@ def _score(
         "window": asdict(window),
         "samples": [{"id": s.id, "bytes": s.num_bytes} for s in samples],
         "outcomes": [asdict(o) for o in sorted(outcomes, key=lambda o: (o.block, o.hotkey))],
-        "losses": {hotkey: [[x.nats if x.nats < float("inf") else None, x.num_tokens, x.reason] for x in row] for hotkey, row in losses.items()},
+        "losses": {
+            hotkey: [[x.nats if x.nats < float("inf") else None, x.num_tokens, x.reason] for x in row]
+            for hotkey, row in losses.items()
+        },
         "scores": [asdict(s) for s in scores],
-        "win_matrix": {"hotkeys": list(matrix.hotkeys), "wins": matrix.wins, "wins_with_advantage": matrix.wins_with_advantage},
+        "win_matrix": {
+            "hotkeys": list(matrix.hotkeys),
+            "wins": matrix.wins,
+            "wins_with_advantage": matrix.wins_with_advantage,
+        },
     }
     for s in sorted(scores, key=lambda s: -s.weight):
         mean = sum(table[s.hotkey]) / max(1, len(samples))

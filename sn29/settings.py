@@ -69,7 +69,12 @@ class _Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: PydanticBaseSettingsSource
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, _Environment(settings_cls)
 
@@ -129,7 +134,9 @@ class MinerSettings(NeuronSettings):
     repo: str = _flag("", "repository on the Hub: namespace/name", "repo")
     hub_token: str = _flag("", "token that may write to the repository (better: HF_TOKEN)", "hub.token")
     work_dir: Path = _flag(Path("~/.sn29/miner"), "folder of checkpoints, text and state", "work.dir")
-    start: Path | None = _flag(None, "checkpoint folder to train on from, of the same shape; default: fresh weights", "start")
+    start: Path | None = _flag(
+        None, "checkpoint folder to train on from, of the same shape; default: fresh weights", "start"
+    )
     model: Path | None = _flag(None, "publish this folder instead of training", "model")
     tokenizer: Path | None = _flag(None, "tokenizer.json for a competition with a free one", "tokenizer")
     text: str = _flag("", "glob of the data set's training files; default: the competition's files", "text")
@@ -169,7 +176,9 @@ class DemoSettings(_Settings):
 
     model_config = SettingsConfigDict(cli_prog_name="sn29 demo")
 
-    folder: Path | None = _flag(None, "folder of everything the demo makes; default: a new one, kept for you to look at", "dir")
+    folder: Path | None = _flag(
+        None, "folder of everything the demo makes; default: a new one, kept for you to look at", "dir"
+    )
     block_seconds: float = _flag(1.0, "seconds a block of the chain", "block-seconds")
     steps: int = _flag(0, "training steps of the first miner of each competition; 0 = as the demo is tuned", "steps")
     open_page: bool = _flag(False, "open the page in the browser at the end", "open")
@@ -183,7 +192,9 @@ class CheckSettings(_Settings):
     model_dir: CliPositionalArg[Path] = Field(description="folder with config.json and *.safetensors")
     competition: str = _flag("", "c00, or the path of a competition file", "competition")
     competitions_dir: Path = _flag(Path("competitions"), "folder where c00 is looked up", "competitions.dir")
-    tokenizer: Path | None = _flag(None, "tokenizer.json of the competition, if its Hub is not to be asked", "tokenizer")
+    tokenizer: Path | None = _flag(
+        None, "tokenizer.json of the competition, if its Hub is not to be asked", "tokenizer"
+    )
     hub_endpoint: str = _flag(DEFAULT_HUB, "Hub that has the competition's tokenizer", "hub.endpoint")
     metadata_only: bool = _flag(False, "stop before the weights are loaded", "metadata-only")
     json_output: bool = _flag(False, "print the answer as JSON", "json")

@@ -28,7 +28,8 @@ create table verdict(
 create table failure(hotkey text, block integer, data blob, count integer not null,
   primary key (hotkey, block, data)) strict;
 create table loss(
-  content_id text, tokenizer_id text, profile text, sample text, nats real not null, tokens integer not null, reason text not null,
+  content_id text, tokenizer_id text, profile text, sample text,
+  nats real not null, tokens integer not null, reason text not null,
   primary key (content_id, tokenizer_id, profile, sample)) strict, without rowid;
 create table round(block integer primary key, plan text not null, record text, weights text) strict;
 create table publication(block integer primary key, round integer not null, weights text not null) strict;
@@ -102,7 +103,8 @@ class Store:
     def verdict(self, hotkey: str, block: int, data: bytes, rules: str) -> Outcome | None:
         """The final refusal of this commitment under these rules (a hash of the competition), if there is one."""
         text = self._value(
-            "select outcome from verdict where hotkey = ? and block = ? and data = ? and rules = ?", (hotkey, block, data, rules)
+            "select outcome from verdict where hotkey = ? and block = ? and data = ? and rules = ?",
+            (hotkey, block, data, rules),
         )
         return Outcome(**json.loads(text)) if text else None
 
@@ -152,7 +154,8 @@ class Store:
         kept = json.dumps(record, sort_keys=True)
         with self._transaction() as db:
             db.execute(
-                "update round set record = ?, weights = ? where block = ?", (kept, json.dumps(dict(weights.by_hotkey)), block)
+                "update round set record = ?, weights = ? where block = ?",
+                (kept, json.dumps(dict(weights.by_hotkey)), block),
             )
 
     def rounds(self) -> tuple[StoredRound, ...]:
@@ -180,7 +183,8 @@ class Store:
         """Notes that these weights were set on chain at `block` and read back."""
         with self._transaction() as db:
             db.execute(
-                "insert or replace into publication values (?, ?, ?)", (block, weights.block, json.dumps(dict(weights.by_hotkey)))
+                "insert or replace into publication values (?, ?, ?)",
+                (block, weights.block, json.dumps(dict(weights.by_hotkey))),
             )
 
     def publications(self) -> tuple[tuple[int, Weights], ...]:

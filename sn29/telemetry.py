@@ -31,7 +31,11 @@ def configure(*, as_json: bool = False, level: str = "INFO", file: Path | None =
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         stream = file.open("a", encoding="utf-8", buffering=1)
-        logger.add(lambda message: stream.write(_json_line(message)) and None, level=level)
+
+        def append(message: Message) -> None:
+            stream.write(_json_line(message))
+
+        logger.add(append, level=level)
 
 
 def tell(event: str, sentence: str, **fields: Any) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +27,7 @@ class Shelf:
     opened: list[str] = field(default_factory=list)
 
     def files(self) -> tuple[tuple[str, int], ...]:
-        return tuple((path, self.sizes.get(path, len(data))) for path, data in reversed(self.content.items()))
+        return tuple((path, self.sizes.get(path, len(data))) for path, data in list(self.content.items())[::-1])
 
     def open(self, path: str) -> BinaryIO:
         self.opened.append(path)
@@ -56,9 +56,7 @@ def folder(tmp_path: Path) -> Path:
 def ids(
     data: LocalFolder | Shelf, count: int = 40, *, block_hash: str = "0x01", competition: str = "c00", window: int = 7
 ) -> list[str]:
-    drawn = draw(
-        data, "data/*.parquet", "text", count, 1000, block_hash=block_hash, competition=competition, window=window
-    )
+    drawn = draw(data, "data/*.parquet", "text", count, 1000, block_hash=block_hash, competition=competition, window=window)
     return [sample.id for sample in drawn]
 
 
@@ -73,7 +71,7 @@ def test_where_the_files_lie_does_not_matter(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"block_hash": "0x02"}, {"competition": "c01"}, {"window": 8}])
-def test_block_competition_and_window_each_change_the_draw(folder: Path, change: dict[str, str]) -> None:
+def test_block_competition_and_window_each_change_the_draw(folder: Path, change: dict[str, Any]) -> None:
     shared = set(ids(LocalFolder(folder))) & set(ids(LocalFolder(folder), **change))
     assert len(shared) < 20  # of 40 from 900; by chance about 2
 
@@ -119,6 +117,12 @@ def test_blank_and_repeated_texts_are_passed_over() -> None:
     assert (caught.value.reason, caught.value.got) == (Reason.DATASET, "4 different texts")
 
 
+def test_what_a_cut_leaves_blank_is_passed_over() -> None:
+    shelf = Shelf("r7", {"data/x.parquet": parquet(["    far away", "here"])})
+    with pytest.raises(Rejected, match="1 different texts"):
+        draw(shelf, "data/*.parquet", "text", 2, 3, block_hash="0x", competition="c", window=0)
+
+
 def test_texts_that_a_cut_makes_equal_are_one_sample() -> None:
     shelf = Shelf("r2", {"data/x.parquet": parquet(["two words", "two worlds", "three"])})
     drawn = draw(shelf, "data/*.parquet", "text", 2, 6, block_hash="0x", competition="c", window=0)
@@ -145,9 +149,7 @@ def test_a_small_data_set_gives_all_it_has() -> None:
 
 
 def test_a_pattern_is_matched_between_slashes() -> None:
-    files = {
-        path: parquet([path]) for path in ("data/x.parquet", "data/old/x.parquet", "x.parquet", "more/data/x.parquet")
-    }
+    files = {path: parquet([path]) for path in ("data/x.parquet", "data/old/x.parquet", "x.parquet", "more/data/x.parquet")}
     drawn = draw(Shelf("r6", files), "data/*.parquet", "text", 1, 100, block_hash="0x", competition="c", window=0)
     assert drawn[0].text == "data/x.parquet"
     with pytest.raises(Rejected, match="1 different texts"):

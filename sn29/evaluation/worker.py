@@ -153,7 +153,10 @@ def _losses(job: dict[str, Any]) -> list[tuple[float | None, int, str]]:
     if failures > job["max_round_trip_failures"]:
         raise Rejected(Reason.ROUND_TRIP, f"{failures} samples", f"at most {job['max_round_trip_failures']}")
     model = load(Path(job["checkpoint"]), dtype=getattr(torch, job["dtype"]), device=job["device"])
-    rows, largest = model.get_input_embeddings().num_embeddings, max((max(ids, default=0) for ids in encoded), default=0)
+    rows, largest = (
+        model.get_input_embeddings().num_embeddings,
+        max((max(ids, default=0) for ids in encoded), default=0),
+    )
     if max(largest, job["start_token"]) >= rows:
         raise Rejected(Reason.VOCABULARY, f"{rows} rows", f"an id of {max(largest, job['start_token'])} occurs")
     good = [ids for ids, problem in zip(encoded, problems, strict=True) if not problem]

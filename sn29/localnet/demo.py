@@ -152,10 +152,32 @@ def miners(texts: text.Texts, folder: Path, steps: int) -> tuple[Miner, ...]:
         Miner("carol", "c01", "trains a Phi3", "evaluated", phi3),
         Miner("bob", "c00", "trains a Llama for twice as long", "evaluated", twice(llama), after=("alice",)),
         Miner("dave", "c01", "trains a Phi3 for twice as long", "evaluated", twice(phi3), after=("carol",)),
-        Miner("copycat", "c00", "commits alice's model under its own key", "copy", ("--of", "alice/model"), "copy", ("alice",)),
+        Miner(
+            "copycat",
+            "c00",
+            "commits alice's model under its own key",
+            "copy",
+            ("--of", "alice/model"),
+            "copy",
+            ("alice",),
+        ),
         Miner("giant", "c01", "is over the parameter limit", "parameters", (*phi3, "--hidden-size", "256", *one_step)),
-        Miner("stray", "c00", "brings a Phi3 where a Llama is asked for", "family", (*llama, "--family", "Phi3ForCausalLM", *one_step)),
-        Miner("rewriter", "c00", "replaces its repository after committing", "revision_gone", ("--model", trained), "rewrite", ("alice",)),
+        Miner(
+            "stray",
+            "c00",
+            "brings a Phi3 where a Llama is asked for",
+            "family",
+            (*llama, "--family", "Phi3ForCausalLM", *one_step),
+        ),
+        Miner(
+            "rewriter",
+            "c00",
+            "replaces its repository after committing",
+            "revision_gone",
+            ("--model", trained),
+            "rewrite",
+            ("alice",),
+        ),
         Miner("nanny", "c00", "has NaN in its weights", "not_finite", ("--model", trained), "nan", ("alice",)),
         Miner("mumble", "c00", "writes a string on chain that is no commitment", "malformed_commitment", (), "garbage"),
     )
@@ -164,7 +186,15 @@ def miners(texts: text.Texts, folder: Path, steps: int) -> tuple[Miner, ...]:
 def improved(folder: Path, steps: int) -> Miner:
     """alice, who trains on from her own model while the first round runs, and commits again."""
     more = str(2 * (steps or STEPS["c00"]))
-    flags = (*_recipe_flags("c00"), "--steps", more, "--start", str(folder / "alice" / "training" / "checkpoint"), "--seed", "2")
+    flags = (
+        *_recipe_flags("c00"),
+        "--steps",
+        more,
+        "--start",
+        str(folder / "alice" / "training" / "checkpoint"),
+        "--seed",
+        "2",
+    )
     return Miner("alice", "c00", "trains on and commits again", "evaluated", flags)
 
 
@@ -251,7 +281,12 @@ class Stage:
     ) -> None:
         """All of them to the end, at most AT_ONCE at a time, each after those it depends on."""
         waiting, working, done = list(crew), dict[str, Running](), set[str]()
-        columns = (TextColumn("  {task.description:<9}"), BarColumn(24), TextColumn("{task.fields[shown]}"), TimeElapsedColumn())
+        columns = (
+            TextColumn("  {task.description:<9}"),
+            BarColumn(24),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=self.console) as progress:
             tasks = {m.name: progress.add_task(m.name, total=1.0, start=False, shown=m.does) for m in crew}
             while waiting or working:
@@ -289,7 +324,9 @@ class Stage:
             progress.update(task, shown=f"{event['event']}{where}")
             progress.console.print(f"  {name}: {event['message']}{where}")
         elif event["event"] == "check" and event["level"] == "WARNING":
-            progress.console.print(f"  {name}: its own check says: {event['message'].split('(')[0].strip()}; it commits all the same")
+            progress.console.print(
+                f"  {name}: its own check says: {event['message'].split('(')[0].strip()}; it commits all the same"
+            )
 
     # the validator
 
@@ -307,7 +344,9 @@ class Stage:
         head = ledger.head()
         target = (head // WINDOW_BLOCKS + 1) * WINDOW_BLOCKS + ledger.finality_lag
         ledger.advance(target - head)
-        self.say(f"the chain's clock is moved from block {head} to {target}: the window that block {target - ledger.finality_lag} opens")
+        self.say(
+            f"the chain's clock is moved from block {head} to {target}: the window that block {target - ledger.finality_lag} opens"
+        )
         ledger.close()
 
     def tell_round(self) -> None:
@@ -373,7 +412,9 @@ def unigram(texts: text.Texts, record: Mapping[str, Any]) -> dict[str, float]:
     from sn29.models.tokenizer import Tokenizer
 
     found = {}
-    drawn_from = (capped(t, MAX_CHARS) for t in documents(sorted(texts.dataset.glob("data/eval-*.parquet")), "text", seed=0))
+    drawn_from = (
+        capped(t, MAX_CHARS) for t in documents(sorted(texts.dataset.glob("data/eval-*.parquet")), "text", seed=0)
+    )
     evaluation = {hashlib.sha256(t.encode()).hexdigest()[:32]: t for t in drawn_from}
     for name, folder in (("c00", texts.gpt4), ("c01", texts.llama32k)):
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
@@ -408,7 +449,9 @@ def rows(ended: Ended) -> dict[str, dict[str, Any]]:
 
 
 def show_table(console: Console, ended: Ended, crew: tuple[Miner, ...]) -> None:
-    table = Table(title="What the second round decided; weights as the chain has them", title_style="bold", expand=False)
+    table = Table(
+        title="What the second round decided; weights as the chain has them", title_style="bold", expand=False
+    )
     for column in ("miner", "competition", "outcome"):
         table.add_column(column, overflow="fold")
     for column in ("nats a sample", "bits a byte", "wins", "weight"):
@@ -420,10 +463,18 @@ def show_table(console: Console, ended: Ended, crew: tuple[Miner, ...]) -> None:
         said = outcome["detail"].removeprefix(outcome["hotkey"] + ": ")
         figures = (f"{row['loss']:.1f}", f"{row['bpb']:.3f}", f"{row['wins']:g}") if "loss" in row else ("", "", "")
         colour = "green" if outcome["status"] == "evaluated" else "red"
-        table.add_row(miner.name, miner.competition, f"[{colour}]{outcome['status']}[/{colour}] {said}", *figures, f"{row['weight']:.4f}")
+        table.add_row(
+            miner.name,
+            miner.competition,
+            f"[{colour}]{outcome['status']}[/{colour}] {said}",
+            *figures,
+            f"{row['weight']:.4f}",
+        )
     console.print(table)
     for name, bits in ended.unigram.items():
-        console.print(f"  {name}: a unigram model of the training text needs {bits:.3f} bits a byte on the same samples")
+        console.print(
+            f"  {name}: a unigram model of the training text needs {bits:.3f} bits a byte on the same samples"
+        )
 
 
 def check_story(ended: Ended, crew: tuple[Miner, ...]) -> None:

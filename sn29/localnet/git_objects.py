@@ -180,7 +180,8 @@ def _read(objects: Path, oid: str) -> bytes:
 def _size(objects: Path, oid: str) -> int:
     """Bytes of an object's content, from its first bytes."""
     with _place(objects, oid).open("rb") as file:
-        header = zlib.decompressobj().decompress(file.read(64), 32)
+        # A compressed block opens with its code tables, up to some 300 bytes, before the first letter of content.
+        header = zlib.decompressobj().decompress(file.read(1024), 32)
     return int(header.partition(b"\0")[0].split()[1])
 
 

@@ -1,9 +1,9 @@
 """A subnet on this machine: an embedded chain, a loopback Hub with tokenizer and text, two competitions at tiny size.
 
-    DIR/chain.db        the chain (see `ledger`); its clock runs whether or not a process looks
-    DIR/hub/            the Hub's repositories (see `hub`)
-    DIR/competitions/   c00.yaml and c01.yaml: the rules of the real ones, the numbers of a model that trains in a minute
-    DIR/localnet.json   the Hub's port and its users' tokens: they stay the same from start to start
+DIR/chain.db        the chain (see `ledger`); its clock runs whether or not a process looks
+DIR/hub/            the Hub's repositories (see `hub`)
+DIR/competitions/   c00.yaml and c01.yaml: the rules of the real ones, the numbers of a model that trains in a minute
+DIR/localnet.json   the Hub's port and its users' tokens: they stay the same from start to start
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from sn29.chain import create_wallet, load_wallet
 from sn29.errors import Reason, Rejected
 from sn29.hub import Hub
-from sn29.localnet.hub import LoopbackHub
+from sn29.localnet.hub import LoopbackHub, add_user
 from sn29.localnet.ledger import Ledger
 from sn29.localnet.text import Texts
 from sn29.models.tokenizer import Tokenizer
@@ -67,11 +67,11 @@ class Localnet:
 
     def serve(self) -> LoopbackHub:
         """The Hub, not yet started."""
-        return LoopbackHub(self.folder / "hub", port=self.port)
+        return _hub_at(self.folder / "hub", self.port)
 
     def hub_token(self, user: str) -> str:
         """The user's token; a new user is made."""
-        return LoopbackHub(self.folder / "hub", port=0).add_user(user)
+        return add_user(self.folder / "hub", user)
 
     def register(self, wallet: str, hotkey: str, wallets: Path, *, validator: bool = False) -> str:
         """A registered hotkey of that wallet, made if it is new: its address. A validator gets stake and a permit."""
@@ -102,8 +102,7 @@ def prepare(
     if not (folder / "chain.db").exists():
         say(f"a chain with a block every {block_seconds:g} s")
         Ledger.create(folder / "chain.db", netuid=NETUID, block_seconds=block_seconds, tempo=window_blocks).close()
-    hub = LoopbackHub(folder / "hub", port=port or kept.get("port", 0))
-    with hub:
+    with _hub_at(folder / "hub", port or kept.get("port", 0)) as hub:
         localnet = Localnet(folder, int(hub.endpoint.rsplit(":", 1)[1]))
         if "revision" not in kept:
             say("a Hub with the GPT-4 tokenizer and the text")
@@ -121,6 +120,14 @@ def open_localnet(folder: Path) -> Localnet:
     if not state.exists():
         raise Rejected(Reason.SETTING, f"no localnet in {folder}", "run `sn29 localnet up` first")
     return Localnet(folder, json.loads(state.read_text())["port"])
+
+
+def _hub_at(folder: Path, port: int) -> LoopbackHub:
+    try:
+        return LoopbackHub(folder, port=port)
+    except OSError as error:
+        where = f"port {port}: {error.strerror}"
+        raise Rejected(Reason.SETTING, where, "a free port: is this localnet up already? else give --port", str(folder)) from None
 
 
 def _publish(hub: LoopbackHub, texts: Texts) -> str:

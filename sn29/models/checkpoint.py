@@ -52,10 +52,15 @@ def content_id(files: Iterable[RepoFile]) -> str:
     is the same model. Raises Rejected(MISSING_FILE) when there is no such file: the digest of nothing would make
     all empty repositories alike.
     """
-    lines = sorted(f"{f.path}\0{f.size}\0{f.oid}\n" for f in files if f.path.endswith((".safetensors", ".json")))
+    lines = sorted(f"{f.path}\0{f.size}\0{f.oid}\n" for f in files if is_content(f.path))
     if not lines:
         raise Rejected(Reason.MISSING_FILE, "no *.safetensors and no *.json", "config.json and model.safetensors")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def is_content(path: str) -> bool:
+    """Whether a file has part in the content id: the files that a validator fetches."""
+    return path.endswith((".safetensors", ".json"))
 
 
 def weights_id(files: Iterable[RepoFile]) -> str:
@@ -160,7 +165,12 @@ _WHOLE = {
     "original_max_position_embeddings": (1, 1 << 20),
     "sliding_window": (1, 1 << 20),
 }
-_REAL = {"rope_theta": (1.0, 1e9), "rms_norm_eps": (1e-12, 0.1), "layer_norm_eps": (1e-12, 0.1), "partial_rotary_factor": (0.01, 1.0)}
+_REAL = {
+    "rope_theta": (1.0, 1e9),
+    "rms_norm_eps": (1e-12, 0.1),
+    "layer_norm_eps": (1e-12, 0.1),
+    "partial_rotary_factor": (0.01, 1.0),
+}
 _FLAG = {"attention_bias", "mlp_bias", "qk_layernorm", "tie_word_embeddings"}
 _ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 # Known to have no part in the loss of an evaluated model, or checked elsewhere: read by nobody.
@@ -187,7 +197,9 @@ def parse_config(data: bytes) -> ModelConfig:
     Raises Rejected(FAMILY) for a class we do not know, Rejected(BAD_CONFIG) naming the key otherwise.
     """
     if len(data) > MAX_CONFIG_BYTES:
-        raise Rejected(Reason.BAD_CONFIG, f"more than {MAX_CONFIG_BYTES} bytes", f"{MAX_CONFIG_BYTES} bytes", "config.json")
+        raise Rejected(
+            Reason.BAD_CONFIG, f"more than {MAX_CONFIG_BYTES} bytes", f"{MAX_CONFIG_BYTES} bytes", "config.json"
+        )
     raw = strict_json(data, Reason.BAD_CONFIG, "config.json")
     family = _family(raw)
     values: dict[str, Any] = {}
@@ -245,7 +257,9 @@ def _rope(value: Any, family: str) -> dict[str, Any]:
     allowed = {"rope_type", "rope_theta"} | ({"partial_rotary_factor"} if family != "LlamaForCausalLM" else set())
     kind = value.get("rope_type", "default")
     if kind != "default" or not set(value) <= allowed:
-        raise Rejected(Reason.BAD_CONFIG, str(value)[:80], f"rope_type default with {', '.join(sorted(allowed))}", where)
+        raise Rejected(
+            Reason.BAD_CONFIG, str(value)[:80], f"rope_type default with {', '.join(sorted(allowed))}", where
+        )
     return {key: (kind if key == "rope_type" else _checked(key, value[key])) for key in sorted({*value, "rope_type"})}
 
 
@@ -257,7 +271,9 @@ def _start_token(raw: Mapping[str, Any], vocab_size: int) -> int:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
-            raise Rejected(Reason.BAD_CONFIG, str(value)[:60], f"an id from 0 to {vocab_size - 1}", f"config.json: {key}")
+            raise Rejected(
+                Reason.BAD_CONFIG, str(value)[:60], f"an id from 0 to {vocab_size - 1}", f"config.json: {key}"
+            )
         return value
     return 0
 
@@ -371,8 +387,14 @@ def _header(read: Read, file: RepoFile) -> dict[str, tuple[int, ...]]:
 
 def _tensor(name: str, entry: Any, where: str) -> tuple[tuple[int, ...], tuple[int, int]]:
     """(shape, byte span) of one header entry."""
-    bad = Rejected(Reason.TENSORS, f"{name[:80]}: {str(entry)[:80]}", "F32, F16 or BF16 with a shape and its bytes", where)
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"} or entry["dtype"] not in _BYTES_OF:
+    bad = Rejected(
+        Reason.TENSORS, f"{name[:80]}: {str(entry)[:80]}", "F32, F16 or BF16 with a shape and its bytes", where
+    )
+    if (
+        not isinstance(entry, dict)
+        or set(entry) != {"dtype", "shape", "data_offsets"}
+        or entry["dtype"] not in _BYTES_OF
+    ):
         raise bad
     shape, span = entry["shape"], entry["data_offsets"]
     for numbers in (shape, span):
@@ -450,18 +472,25 @@ def load(folder: Path, *, dtype: torch.dtype, device: str = "cpu") -> PreTrained
     settings = {**config.values, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "use_cache": False}
     config_class = getattr(transformers, config.family.removesuffix("ForCausalLM") + "Config")
     model, report = getattr(transformers, config.family).from_pretrained(
-        None, config=config_class(**settings), state_dict=state, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        None,
+        config=config_class(**settings),
+        state_dict=state,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        output_loading_info=True,
     )
     wrong = {key: sorted(map(str, names)) for key, names in report.items() if names}
     if wrong:
         raise Rejected(Reason.TENSORS, str(wrong)[:300], "every tensor loaded, none left over")
-    return model.to(device).eval()  # type: ignore[no-any-return]
+    return model.to(device).eval()
 
 
 def _names(folder: Path) -> tuple[RepoFile, ...]:
     """The folder's files by name and size, contents unread."""
     return tuple(
-        RepoFile(p.relative_to(folder).as_posix(), p.stat().st_size, "") for p in sorted(folder.rglob("*")) if p.is_file()
+        RepoFile(p.relative_to(folder).as_posix(), p.stat().st_size, "")
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
     )
 
 

@@ -1,16 +1,18 @@
-"""Trains a small causal language model on one machine: documents one a row, never packed; killed at any instant, it goes on.
+"""Trains a small causal language model: documents one a row, never packed; killed at any instant, it goes on.
 
-    documents -> pool, sorted by length -> batches -> hidden states of the real tokens -> nats, gradients -> AdamW -> checkpoint
+    documents -> pool, sorted by length -> batches -> hidden states of real tokens -> nats, gradients -> AdamW -> checkpoint
 
 Every document is scored the way a validator scores it: a start token stands in front, is not scored itself, and every
 token after it is. Rows are padded on the right; in a causal model no real position sees what comes after it, so padding
 needs no mask, and its hidden states are dropped before the head.
 
-Letters in shapes: B rows, T positions, N real tokens of a batch, D hidden size, V rows of the vocabulary.
+Letters in shapes: B rows of a batch, T positions, N real tokens, D hidden size, V ids of the vocabulary, R trained rows of
+the embedding (see `Rows`; R <= V).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -21,10 +23,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-from safetensors.torch import load_model
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -35,11 +36,13 @@ from transformers import (
     PhiForCausalLM,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from sn29.errors import Reason, Rejected
+from sn29.models import checkpoint
 
 Documents = Callable[[int], Iterator[list[int]]]
-"""`documents(n)` yields token ids of documents, without start token, from document number n on; the same ones each time."""
+"""`documents(n)`: token ids of documents, without start token, from document number n on; the same ones each time."""
 
 FAMILIES = {
     "LlamaForCausalLM": (LlamaConfig, LlamaForCausalLM),
@@ -47,8 +50,14 @@ FAMILIES = {
     "Phi3ForCausalLM": (Phi3Config, Phi3ForCausalLM),
 }
 
+_WITHOUT_EFFECT = {
+    "architectures", "bos_token_id", "eos_token_id", "initializer_range", "max_position_embeddings",
+    "original_max_position_embeddings", "transformers_version", "_name_or_path",
+}  # fmt: skip
+"""Fields of a config in which the model to start from may differ: none of them changes a loss."""
+
 _LOGITS_AT_ONCE = 1 << 21
-"""Logits alive at one time, as a number of floats: 8 MB, which also fits the second-level caches better than all at once."""
+"""Floats of logits alive at one time: 8 MB."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,8 @@ class Shape:
     """Whether the head uses the embedding's weights."""
     start_token: int
     """Id put in front of every document."""
-    init_std: float = 0.02
-    """Standard deviation of the initial weights."""
+    init_std: float = 0.1
+    """Standard deviation of the initial weights. 0.02 is for widths of thousands: at 64, a model starts much slower."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +106,10 @@ class Recipe:
     """Steps between two writes of checkpoint and state."""
     pool_documents: int = 512
     """Documents that are sorted by length together."""
-    count_documents: int = 0
+    count_documents: int = 2000
     """Documents read before training to count tokens; 0: no counting, each token of the vocabulary has its own row."""
-    min_count: int = 1
-    """Tokens seen fewer times than this among the counted documents share one row: see `Rows`."""
+    min_count: int = 4
+    """Tokens seen fewer times than this in the counted documents share one row: see `Rows`."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +152,10 @@ class Batch:
 class Rows:
     """Which row of the trained embedding each token uses.
 
-    From 300,000 tokens of text nothing can be learnt about most of a vocabulary of 100,277. Tokens without a row of their own
-    share one, so they share one logit, and the softmax over all V tokens needs it once, with its number of tokens m:
-    sum_v exp(l_v) = sum_own exp(l_v) + exp(l_shared + ln m). Nothing is approximated: the saved model repeats the shared row
-    m times and has the same losses. For 100,277 tokens of which 12,000 have their own row, a step costs a tenth.
+    From a few hundred thousand tokens of text nothing can be learnt about most of a vocabulary of 100,277. Tokens without a
+    row of their own share one; they have the same logit then, and the softmax over all V tokens needs it once, with their
+    number m:  sum_v exp(l_v) = sum_own exp(l_v) + exp(l_shared + ln m).  Nothing is approximated: the saved model repeats
+    the shared row m times and has the same losses. With 8,000 rows instead of 100,277 a step takes a fifteenth.
     """
 
     def __init__(self, own: Sequence[int], vocab_size: int) -> None:
@@ -154,12 +163,12 @@ class Rows:
         shared = vocab_size - len(own)
         self.own = tuple(own)
         self.size = len(own) + (shared > 0)
-        """Rows of the trained embedding; the shared one is the last."""
+        """R; the shared row is the last."""
         self.row_of = torch.full((vocab_size,), self.size - 1)
         """[V] the row of each token id."""
         self.row_of[list(own)] = torch.arange(len(own))
         self.log_count = torch.zeros(self.size)
-        """[rows] ln of the number of tokens that use the row."""
+        """[R] ln of the number of tokens that use the row."""
         if shared:
             self.log_count[-1] = math.log(shared)
 
@@ -174,20 +183,23 @@ class Rows:
         own = {token for token, count in counts.items() if count >= recipe.min_count} | {shape.start_token}
         return cls(sorted(own), shape.vocab_size)
 
+    @classmethod
+    def found(cls, full: dict[str, Tensor]) -> Rows:
+        """Of a trained model: the tokens whose rows are equal go on sharing one, all others keep their own."""
+        table = torch.cat([v.reshape(len(v), -1) for k, v in full.items() if _by_token(k)], dim=1)
+        digests = [hashlib.sha256(row.numpy().tobytes()).digest() for row in table]
+        ((common, count),) = Counter(digests).most_common(1)
+        return cls([i for i, digest in enumerate(digests) if count == 1 or digest != common], len(digests))
+
     def expand(self, trained: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights with V rows."""
+        """Weights with R rows -> with V rows."""
         return {k: v[self.row_of] if _by_token(k) else v for k, v in trained.items()}
 
     def reduce(self, full: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights with a row for each own token and, last, the mean of all others."""
-
-        def rows(tensor: Tensor) -> Tensor:
-            total = torch.zeros(self.size, *tensor.shape[1:], dtype=torch.float64)
-            total.index_add_(0, self.row_of, tensor.double())
-            counts = torch.bincount(self.row_of).double()
-            return (total.T / counts).T.to(tensor.dtype)
-
-        return {k: rows(v) if _by_token(k) else v for k, v in full.items()}
+        """Weights with V rows, equal where they are shared -> with R rows."""
+        token_of = {row: token for token, row in enumerate(self.row_of.tolist())}
+        some = torch.tensor([token_of[row] for row in range(self.size)])
+        return {k: v[some] if _by_token(k) else v for k, v in full.items()}
 
 
 def _by_token(name: str) -> bool:
@@ -200,7 +212,7 @@ class Run:
     """A training run in memory: everything that a step reads and changes."""
 
     model: PreTrainedModel
-    """With `rows.size` rows, not V."""
+    """With R rows of vocabulary."""
     rows: Rows
     optimizer: torch.optim.AdamW
     step: int
@@ -237,24 +249,24 @@ def build_model(shape: Shape, seed: int) -> PreTrainedModel:
 
 
 class _SummedNats(torch.autograd.Function):
-    """-sum log softmax(hidden @ weight.T + bias)[target], a few rows at a time.
+    """-sum log softmax(hidden @ weight.T + bias)[target], a few tokens at a time.
 
-    The gradients are made in the forward pass, while a chunk's probabilities are at hand: no logits are kept and none are
-    computed twice. In one piece, 512 tokens x 100,277 x 4 B would be 205 MB, and the gradient as much again.
+    The gradients are made in the forward pass, while the probabilities are at hand: no logits are kept and none are
+    computed twice. All at once, 512 tokens x 100,277 x 4 B would be 205 MB, and the gradient as much again.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-        """hidden [N, D], weight [V, D], bias [V], targets [N] -> [] float64."""
+        """hidden [N, D], weight [R, D], bias [R], targets [N] -> [] float64."""
         nats = torch.zeros((), dtype=torch.float64)
         to_hidden, to_weight, to_bias = torch.empty_like(hidden), torch.zeros_like(weight), torch.zeros_like(bias)
-        rows = max(1, _LOGITS_AT_ONCE // len(weight))
-        for i in range(0, len(hidden), rows):
-            part, wanted = hidden[i : i + rows], targets[i : i + rows, None]
+        step = max(1, _LOGITS_AT_ONCE // len(weight))
+        for i in range(0, len(hidden), step):
+            part, wanted = hidden[i : i + step], targets[i : i + step, None]
             logp = torch.log_softmax(torch.addmm(bias, part, weight.T), dim=1)
             nats -= logp.gather(1, wanted).sum(dtype=torch.float64)
             slope = logp.exp_().scatter_add_(1, wanted, logp.new_full(wanted.shape, -1.0))  # d nats / d logits
-            to_hidden[i : i + rows] = slope @ weight
+            to_hidden[i : i + step] = slope @ weight
             to_weight.addmm_(slope.T, part)
             to_bias += slope.sum(0)
         ctx.save_for_backward(to_hidden, to_weight, to_bias)
@@ -266,19 +278,19 @@ class _SummedNats(torch.autograd.Function):
         return to_hidden * grads[0], to_weight * grads[0], to_bias * grads[0], None
 
 
-def summed_nats(model: PreTrainedModel, batch: Batch, log_count: Tensor | None = None) -> Tensor:
-    """Total nats of the batch's targets, [] float64. `log_count` [V]: ln of the tokens behind each row, 0 when None."""
-    hidden = model.model(input_ids=batch.inputs, use_cache=False).last_hidden_state[batch.real]
+def summed_nats(model: PreTrainedModel, batch: Batch, log_count: Tensor) -> Tensor:
+    """Total nats of the batch's targets, [] float64. `log_count` [R]: ln of the number of tokens behind each row."""
+    hidden = model.model(input_ids=batch.inputs, use_cache=False).last_hidden_state[batch.real]  # [N, D]
     head = model.lm_head
-    offset = torch.zeros(len(head.weight)) if log_count is None else log_count
-    offset = offset.to(head.weight.dtype)
-    bias = offset if head.bias is None else head.bias + offset
-    nats: Tensor = _SummedNats.apply(hidden, head.weight, bias, batch.targets)
-    return nats + offset[batch.targets].sum(dtype=torch.float64)  # one token of a row has 1/m of its probability
+    log_count = log_count.to(hidden.dtype)
+    bias = log_count if head.bias is None else head.bias + log_count
+    nats: Tensor = _SummedNats.apply(hidden, head.weight, bias, batch.targets)  # type: ignore[no-untyped-call]
+    # That is the cost of naming the row; which of its m tokens it was costs ln m more.
+    return nats + log_count[batch.targets].sum(dtype=torch.float64)
 
 
 def make_batch(documents: Sequence[Tensor], start: int) -> Batch:
-    """One document a row, padded on the right to the longest. `documents`: non-empty [tokens] int64; `start`: the start row."""
+    """One document a row, padded on the right. `documents`: rows of their tokens, not empty; `start`: the start token's."""
     shape = (len(documents), max(map(len, documents)))
     inputs, real = torch.full(shape, start), torch.zeros(shape, dtype=torch.bool)
     for row, document in enumerate(documents):
@@ -308,7 +320,7 @@ def batches(documents: Documents, recipe: Recipe, rows: Rows, start_token: int, 
 
 
 def _groups(pool: list[Tensor], recipe: Recipe, first: int) -> list[list[Tensor]]:
-    """The pool's documents in groups of like length, each of at least `batch_tokens` (but the last), in a shuffled order."""
+    """The documents in groups of like length, each of at least `batch_tokens` (but the last), in a shuffled order."""
     groups: list[list[Tensor]] = [[]]
     tokens = 0
     for document in sorted(pool, key=len):
@@ -331,23 +343,24 @@ def train(
 ) -> Path:
     """Train, or go on where a killed run with the same shape and recipe was, and return `folder/checkpoint`.
 
-    `folder` then holds `checkpoint/` (config.json, generation_config.json, model.safetensors: what a miner uploads), `state.pt`
-    (what a resumed run needs) and `curve.jsonl` (step, loss in nats per token, tokens). `start`: a checkpoint folder of the same
-    shape to begin from instead of fresh weights. Uses as many threads as torch is set to.
+    `folder` then holds `checkpoint/` (config.json, generation_config.json, model.safetensors: what a miner uploads),
+    `state.pt` (what a resumed run needs) and `curve.jsonl` (step, loss in nats per token, tokens seen). `start`: a
+    checkpoint folder of the same shape to begin from instead of fresh weights; the recipe's counting is not used then.
+    Runs on as many threads as torch is set to.
 
-    Raises Rejected: SETTING when `folder` belongs to another shape or recipe, or the documents run out; NOT_FINITE when the loss
-    diverges; TENSORS when `start` has other tensors than the shape.
+    Raises Rejected: SETTING when `folder` holds a run of another shape or recipe, or the documents run out; NOT_FINITE
+    when the loss diverges; what `checkpoint.load` raises, or BAD_CONFIG, when `start` is not usable.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = _resume(folder, shape, recipe) or _begin(shape, documents, recipe, start)
     with _open_curve(folder / "curve.jsonl", run.step) as curve:
         stream = batches(documents, recipe, run.rows, shape.start_token, run.place)
         while run.step < recipe.steps:
-            place, batch = next(stream, (None, None))
-            if place is None or batch is None:
-                raise Rejected(Reason.SETTING, f"documents for {run.step} steps", f"enough for {recipe.steps}", "training")
+            upcoming = next(stream, None)
+            if upcoming is None:
+                raise Rejected(Reason.SETTING, f"text for {run.step} steps", f"text for {recipe.steps} steps", "training")
+            run.place, batch = upcoming
             progress = _take_step(run, recipe, batch)
-            run.place = place
             line = {"step": run.step, "loss": progress.loss_per_token, "tokens": run.tokens_seen}
             curve.write(json.dumps(line) + "\n")
             curve.flush()
@@ -364,7 +377,7 @@ def _take_step(run: Run, recipe: Recipe, batch: Batch) -> Progress:
         group["lr"] = rate
     run.optimizer.zero_grad()
     loss = summed_nats(run.model, batch, run.rows.log_count) / len(batch.targets)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip)
     if not math.isfinite(loss.item()):
         raise Rejected(Reason.NOT_FINITE, f"loss {loss.item()} in step {run.step + 1}", "a finite loss", "training")
@@ -375,16 +388,23 @@ def _take_step(run: Run, recipe: Recipe, batch: Batch) -> Progress:
 
 
 def _begin(shape: Shape, documents: Documents, recipe: Recipe, start: Path | None) -> Run:
-    rows = Rows.counted(documents, shape, recipe)
+    trained = None if start is None else _weights(start, shape)
+    rows = Rows.counted(documents, shape, recipe) if trained is None else Rows.found(trained)
     model = _small_model(shape, rows, recipe.seed)
-    if start is not None:
-        full = build_model(shape, recipe.seed)
-        try:
-            load_model(full, start / "model.safetensors")
-        except RuntimeError as error:
-            raise Rejected(Reason.TENSORS, str(error), f"the tensors of {shape}", str(start)) from error
-        model.load_state_dict(rows.reduce(full.state_dict()))
+    if trained is not None:
+        model.load_state_dict(rows.reduce(trained))
     return Run(model, rows, _optimizer(model, recipe), 0, Place(0, 0), 0)
+
+
+def _weights(folder: Path, shape: Shape) -> dict[str, Tensor]:
+    """The weights of a checkpoint that computes what a model of this shape computes, in float32."""
+    model = checkpoint.load(folder, dtype=torch.float32)
+    ours, theirs = build_model(shape, seed=0).config.to_dict(), model.config.to_dict()
+    for key in sorted(ours.keys() - _WITHOUT_EFFECT):
+        if ours[key] != theirs.get(key):
+            raise Rejected(Reason.BAD_CONFIG, f"{key} {theirs.get(key)}", f"{key} {ours[key]}", str(folder))
+    weights: dict[str, Tensor] = model.state_dict()
+    return weights
 
 
 def _small_model(shape: Shape, rows: Rows, seed: int) -> PreTrainedModel:
@@ -409,6 +429,7 @@ def _save(folder: Path, run: Run, shape: Shape, recipe: Recipe) -> None:
     full.load_state_dict(run.rows.expand(run.model.state_dict()))
     new, old, final = (folder / name for name in ("checkpoint.new", "checkpoint.old", "checkpoint"))
     shutil.rmtree(new, ignore_errors=True)
+    transformers_logging.disable_progress_bar()  # a bar for each write of one small file
     full.save_pretrained(new)
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -451,8 +472,8 @@ def _made_for(shape: Shape, recipe: Recipe) -> str:
     return json.dumps({"shape": asdict(shape), "recipe": asdict(replace(recipe, checkpoint_every=0))}, sort_keys=True)
 
 
-def _open_curve(path: Path, step: int) -> Any:
-    """The curve, open for appending, without lines after `step` (they were written after the last state, or only in part)."""
+def _open_curve(path: Path, step: int) -> TextIO:
+    """The curve, open for appending. Lines after `step` go: they are of steps that are done again, or half written."""
     lines = path.read_text().splitlines(keepends=True)[:step] if path.exists() else []
     path.with_suffix(".new").write_text("".join(lines))
     path.with_suffix(".new").replace(path)

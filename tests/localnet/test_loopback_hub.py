@@ -124,6 +124,16 @@ def test_git_finds_nothing_wrong_and_gives_the_same_names(
     assert listed == stated
 
 
+def test_sizes_of_files_that_compress_well_and_badly(alice: HfApi) -> None:
+    """Sizes come from the first bytes of a git object: their code tables can be longer than the header."""
+    texts = {"plain.json": b"a" * 300_000, "varied.json": "".join(f'"{i * 7919 % 100_003}": {i},' for i in range(40_000)).encode()}
+    alice.create_repo("alice/texts")
+    for name, data in texts.items():
+        alice.upload_file(path_or_fileobj=data, path_in_repo=name, repo_id="alice/texts")
+    listed = {f.path: f.size for f in alice.list_repo_tree("alice/texts")}
+    assert {name: listed[name] for name in texts} == {name: len(data) for name, data in texts.items()}
+
+
 def test_private_repository_looks_as_if_it_were_not_there(
     hub: LoopbackHub, alice: HfApi, folder: Path, tmp_path: Path
 ) -> None:

@@ -123,7 +123,7 @@ def test_every_licence_is_shown(texts: Texts) -> None:
 @pytest.mark.parametrize("name", ["gpt4", "llama32k"])
 def test_no_document_is_changed_by_a_tokenizer(texts: Texts, name: str) -> None:
     tokenizer = Tokenizer.load(texts.folder / name / "tokenizer.json")
-    documents = [row["text"] for row in rows(texts, "eval") + rows(texts, "train")[::4]]
+    documents = [row["text"] for row in rows(texts, "eval") + rows(texts, "train")[::8]]
     encoded = tokenizer.encode_batch(documents)
     assert [d for d, ids in zip(documents, encoded, strict=True) if not tokenizer.round_trips(d, ids)] == []
 

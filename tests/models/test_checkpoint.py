@@ -12,7 +12,10 @@ from sn29.records import RepoFile
 
 SHAPES = [
     ("LlamaForCausalLM", {}),
-    ("LlamaForCausalLM", {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    (
+        "LlamaForCausalLM",
+        {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
     ("LlamaForCausalLM", {"head_dim": 16}),
     ("PhiForCausalLM", {"qk_layernorm": True, "num_key_value_heads": 2}),
     ("PhiForCausalLM", {"tie_word_embeddings": True}),
@@ -98,7 +101,9 @@ def test_a_config_that_is_no_json_object_is_refused(text):
     assert refused.value.reason is Reason.BAD_CONFIG
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "modeling_evil.py", "adapter_config.json", "sub/config.json", "x.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "modeling_evil.py", "adapter_config.json", "sub/config.json", "x.safetensors"]
+)
 def test_a_file_that_no_model_needs_is_refused(name, make_checkpoint, tmp_path):
     folder = edited(make_checkpoint(), tmp_path / "edited")
     (folder / name).parent.mkdir(exist_ok=True)
@@ -177,7 +182,9 @@ def test_identity_ignores_the_readme_and_binds_the_hotkey():
     assert checkpoint.content_id([readme, config, weights]) == one
     assert checkpoint.content_id([weights, RepoFile("config.json", 5, "git:" + "d" * 40)]) != one
     assert checkpoint.content_id([RepoFile("other.safetensors", 10, weights.oid), config]) != one
-    assert checkpoint.weights_id([weights, config]) == checkpoint.weights_id([RepoFile("other.safetensors", 10, weights.oid)])
+    assert checkpoint.weights_id([weights, config]) == checkpoint.weights_id(
+        [RepoFile("other.safetensors", 10, weights.oid)]
+    )
     assert checkpoint.digest(one, "5Alice") != checkpoint.digest(one, "5Bob")
     assert len(checkpoint.digest(one, "5Alice")) == 44
     with pytest.raises(Rejected):

@@ -87,10 +87,10 @@ def test_texts_come_back_to_the_character(gpt4: Tokenizer, llama32k: Tokenizer, 
 
 
 def test_what_llama32k_cannot_give_back(llama32k: Tokenizer) -> None:
-    """U+2581 stands for the space in its vocabulary: the one character that it loses."""
-    lost = [c for c in map(chr, range(0x110000)) if not "\ud800" <= c <= "\udfff"]
-    encoded = llama32k.encode_batch(lost)
-    assert [c for c, ids in zip(lost, encoded, strict=True) if not llama32k.round_trips(c, ids)] == ["\u2581"]
+    """U+2581 stands for the space in its vocabulary: the one character that it loses, of all (here: of every 37th)."""
+    every = [chr(n) for n in (*range(0, 0x110000, 37), 0x2581) if not 0xD800 <= n <= 0xDFFF]
+    encoded = llama32k.encode_batch(every)
+    assert [c for c, ids in zip(every, encoded, strict=True) if not llama32k.round_trips(c, ids)] == ["\u2581"]
 
 
 def test_special_tokens_are_never_read_out_of_a_text(gpt4: Tokenizer, llama32k: Tokenizer) -> None:
@@ -110,7 +110,8 @@ def test_a_batch_is_what_its_texts_are(gpt4: Tokenizer) -> None:
 
 
 def test_c00_requires_exactly_this_vocabulary(gpt4: Tokenizer) -> None:
-    found = re.search(r"fingerprint:\s*['\"]?([0-9a-f]{64})", Path("competitions/c00.yaml").read_text())
+    c00 = Path(__file__).parents[2] / "competitions" / "c00.yaml"
+    found = re.search(r"fingerprint:\s*['\"]?([0-9a-f]{64})", c00.read_text())
     assert found
     assert gpt4.fingerprint() == found[1]
 
@@ -118,12 +119,18 @@ def test_c00_requires_exactly_this_vocabulary(gpt4: Tokenizer) -> None:
 def tiny(**changes: Any) -> dict[str, Any]:
     """A tokenizer.json of four letters and three merges."""
     model: dict[str, Any] = {
-        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-        "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
         "vocab": {"a": 0, "b": 1, "c": 2, " ": 3, "ab": 4, "bc": 5, "abc": 6},
         "merges": [["a", "b"], ["b", "c"], ["ab", "c"]],
     }  # fmt: skip
-    parts = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None}
+    parts: dict[str, Any] = {
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": None,
+    }
     return {"version": "1.0", **parts, "model": model | changes.pop("model", {}), **changes}
 
 
@@ -160,7 +167,7 @@ def test_cut_off_and_padding_in_the_file_are_not_applied(tmp_path: Path) -> None
     padding = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
                "pad_type_id": 0, "pad_token": "a"}  # fmt: skip
     tokenizer = loaded(tmp_path, tiny(truncation=truncation, padding=padding))
-    assert tokenizer.encode("abc abc") == [4, 2, 3, 4, 2] or tokenizer.encode("abc abc") == [6, 3, 6]
+    assert tokenizer.encode("abc abc") == [6, 3, 6]
     assert tokenizer.encode_batch(["abc abc", "a"])[1] == [0]
 
 

@@ -75,13 +75,16 @@ def _demo(words: list[str]) -> int:
     from sn29.settings import DemoSettings, read
 
     settings = read(DemoSettings, words)
-    from sn29.localnet.demo import run
+    from sn29.localnet.demo import check_outcomes, check_training, run
     from sn29.report.page import write_page
 
     ended = run(settings)
     page = write_page(
         ended.folder / "report.html", ended.records, ended.published, ended.names, ended.curves, ended.unigram
     )
+    check_outcomes(ended)
+    if not settings.steps:
+        check_training(ended)
     print(f"\nThe page with curves, win matrix and weights: {page}")
     if settings.open_page:
         import webbrowser

@@ -250,6 +250,10 @@ class Outcome:
     """Reason code, e.g. `copy`; empty when evaluated."""
     detail: str = ""
     """The sentence with both values."""
+    got: str = ""
+    """What was found, when something was refused."""
+    limit: str = ""
+    """What the rule asks for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -168,6 +168,8 @@ async def run_round(ports: Ports, rules: Rules, plan: Plan) -> Weights:
     tell("round", f"round of block {plan.block}", block=plan.block)
     known = {key: Claim(*claim) for key, claim in ports.store.claims().items()}
     admitted = [await _admit(ports, rules, c, plan.windows[name], known) for name, c in rules.competitions.items()]
+    no_competition = tuple(dict.fromkeys(o for a in admitted for o in a.no_competition))
+    _say_refused(no_competition)
     # Copies are looked for across competitions: a model has one owner, wherever it is entered.
     claims = first_claims([_inspected(e) for a in admitted for e in a.entrants], known)
     ports.store.keep_claims({key: (claim.block, claim.hotkey) for key, claim in claims.claims.items()})
@@ -188,7 +190,7 @@ async def run_round(ports: Ports, rules: Rules, plan: Plan) -> Weights:
         "versions": {name: version(name) for name in ("sn29", "torch", "transformers", "tokenizers", "bittensor")},
         "rules": dict(rules.hashes),
         "machine": {"dtype": ports.machine.dtype, "device": ports.machine.device},
-        "no_competition": [asdict(o) for o in dict.fromkeys(o for a in admitted for o in a.no_competition)],
+        "no_competition": [asdict(o) for o in no_competition],
         "competitions": {name: v.record for name, v in verdicts.items()},
         "weights": dict(weights.by_hotkey),
     }
@@ -197,9 +199,7 @@ async def run_round(ports: Ports, rules: Rules, plan: Plan) -> Weights:
     return weights
 
 
-async def _admit(
-    ports: Ports, rules: Rules, competition: Competition, window: Window, known: Mapping[str, Claim]
-) -> Admitted:
+async def _admit(ports: Ports, rules: Rules, competition: Competition, window: Window, known: Mapping[str, Claim]) -> Admitted:
     """The commitments made before the window's seed block, as far as chain and metadata can judge them."""
     name = competition.name
     commitments, entrants = [], []
@@ -233,11 +233,7 @@ async def _judge(ports: Ports, rules: Rules, admitted: Admitted, claims: FirstCl
     owners = [c for c in claims.owners if c in mine]
     choice = choose(owners, competition.pool, last.by_hotkey if last else {}, _last_evaluated(store, competition.name))
     outcomes += [_waiting(c) for c in choice.waiting]
-    for outcome in (*admitted.no_competition, *outcomes):
-        if outcome.status == "rejected":
-            warn(
-                "refused", outcome.detail, hotkey=outcome.hotkey, competition=outcome.competition, reason=outcome.reason
-            )
+    _say_refused(outcomes)
     samples = await asyncio.to_thread(_draw, ports, competition, window)
     tell("samples", f"{competition.name}: {len(samples)} samples drawn by the hash of block {window.seed.block}")
     losses = {}
@@ -280,9 +276,7 @@ async def _inspect(ports: Ports, rules: Rules, competition: Competition, commitm
     if known is not None:
         tell("remembered", "refused before: not looked at again", hotkey=hotkey, reason=known.reason)
         return known
-    largest_id = (
-        ports.tokenizer(competition.tokenizer)[1] if isinstance(competition.tokenizer, FixedTokenizer) else None
-    )
+    largest_id = ports.tokenizer(competition.tokenizer)[1] if isinstance(competition.tokenizer, FixedTokenizer) else None
     try:
         listing = await asyncio.to_thread(ports.hub.listing, commitment.model)
         content = checkpoint.content_id(listing.files)
@@ -340,7 +334,7 @@ async def _measure(
     except Rejected as error:
         outcome = _refused(commitment.hotkey, competition.name, commitment.block, str(commitment.model), error)
         ports.store.keep_verdict(outcome, commitment.encode(), rules.hashes[competition.name])
-        warn("refused", outcome.detail, hotkey=commitment.hotkey, competition=competition.name, reason=outcome.reason)
+        _say_refused([outcome])
         return outcome, ()
     except Unavailable as error:
         return _put_off(commitment, error), ()
@@ -405,7 +399,23 @@ def _inspected(entrant: Entrant) -> Inspected:
 
 
 def _refused(hotkey: str, competition: str, block: int, model: str, error: Rejected) -> Outcome:
-    return Outcome(hotkey, competition, block, "rejected", model, reason=error.reason.code, detail=str(error))
+    return Outcome(
+        hotkey,
+        competition,
+        block,
+        "rejected",
+        model,
+        reason=error.reason.code,
+        detail=str(error),
+        got=error.got,
+        limit=error.limit,
+    )
+
+
+def _say_refused(outcomes: Iterable[Outcome]) -> None:
+    for o in outcomes:
+        if o.status == "rejected":
+            warn("refused", o.detail, hotkey=o.hotkey, competition=o.competition, reason=o.reason)
 
 
 def _outcome_of(refusal: Refusal) -> Outcome:
@@ -415,9 +425,7 @@ def _outcome_of(refusal: Refusal) -> Outcome:
 
 def _put_off(c: Commitment, error: Unavailable) -> Outcome:
     warn("unavailable", str(error), hotkey=c.hotkey, competition=c.competition)
-    return Outcome(
-        c.hotkey, c.competition, c.block, "unavailable", str(c.model), reason="unavailable", detail=str(error)
-    )
+    return Outcome(c.hotkey, c.competition, c.block, "unavailable", str(c.model), reason="unavailable", detail=str(error))
 
 
 def _waiting(c: Commitment) -> Outcome:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -96,6 +98,7 @@ class Ended:
     """What the demo leaves behind."""
 
     folder: Path
+    crew: tuple[Miner, ...]
     records: tuple[Mapping[str, Any], ...]
     published: Mapping[str, float]
     """Weights on chain at the end, by hotkey."""
@@ -110,7 +113,8 @@ class Ended:
 def run(settings: DemoSettings) -> Ended:
     """The whole story. Raises Unavailable when a part of it fails."""
     folder = settings.folder or Path(tempfile.mkdtemp(prefix="sn29-demo-"))
-    stage = Stage(folder, Console(highlight=False))
+    console = Console(highlight=False)
+    stage = Stage(folder, console if console.is_terminal else Console(highlight=False, width=140))
     with ExitStack() as cleanup:
         cleanup.callback(stage.stop_all)
         stage.chapter("Text and tokenizers", "real ones, from pinned packages; every hash is checked")
@@ -119,7 +123,7 @@ def run(settings: DemoSettings) -> Ended:
         localnet = prepare(folder / "localnet", texts, block_seconds=settings.block_seconds, say=stage.say)
         stage.start("localnet", "-m", "sn29.cli", "localnet", "up", "--localnet.dir", str(localnet.folder))
         crew = miners(texts, folder, settings.steps)
-        names = stage.register(localnet, crew)
+        stage.register(localnet, crew)
         stage.chapter("Miners", "each is a process with a key and a repository of its own; two at a time")
         stage.run_miners(localnet, crew)
         stage.chapter("Round 1", "the validator: read, check, fetch, evaluate, score, set weights")
@@ -131,9 +135,8 @@ def run(settings: DemoSettings) -> Ended:
         stage.chapter("Round 2", "new samples, drawn by a newer block; what is known is not fetched again")
         stage.next_window(localnet)
         stage.wait_for_publication(2)
-        ended = stage.ended(localnet, names, texts)
-    show_table(stage.console, ended, crew)
-    check_story(ended, crew)
+        ended = stage.ended(localnet, crew, texts)
+    show_table(stage.console, ended)
     return ended
 
 
@@ -259,13 +262,12 @@ class Stage:
                 one.process.kill()
                 one.process.wait()
 
-    def register(self, localnet: Localnet, crew: tuple[Miner, ...]) -> dict[str, str]:
-        """Keys for everybody; hotkey -> name."""
+    def register(self, localnet: Localnet, crew: tuple[Miner, ...]) -> None:
+        """Keys for everybody."""
         for miner in crew:
             self.names[localnet.register(miner.name, "default", self.wallets)] = miner.name
         self.validator_hotkey = localnet.register("validator", "default", self.wallets, validator=True)
         self.say(f"{len(self.names)} miners and a validator registered on subnet {NETUID}, each with an sr25519 key")
-        return self.names
 
     def common_flags(self, localnet: Localnet, wallet: str) -> tuple[str, ...]:
         return (
@@ -276,9 +278,7 @@ class Stage:
 
     # miners
 
-    def run_miners(
-        self, localnet: Localnet, crew: tuple[Miner, ...], meanwhile: Callable[[], None] = lambda: None
-    ) -> None:
+    def run_miners(self, localnet: Localnet, crew: tuple[Miner, ...], meanwhile: Callable[[], None] = lambda: None) -> None:
         """All of them to the end, at most AT_ONCE at a time, each after those it depends on."""
         waiting, working, done = list(crew), dict[str, Running](), set[str]()
         columns = (
@@ -371,7 +371,7 @@ class Stage:
 
     # the end
 
-    def ended(self, localnet: Localnet, names: Mapping[str, str], texts: text.Texts) -> Ended:
+    def ended(self, localnet: Localnet, crew: tuple[Miner, ...], texts: text.Texts) -> Ended:
         store = Store(self.folder / "validator" / "store.db", read_only=True)
         records = tuple(r.record for r in store.rounds() if r.record)
         store.close()
@@ -380,7 +380,7 @@ class Stage:
             path.parent.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
             for path in sorted(self.folder.glob("*/training/curve.jsonl"))
         }
-        return Ended(self.folder, records, published, names, curves, unigram(texts, records[-1]))
+        return Ended(self.folder, crew, records, published, self.names, curves, unigram(texts, records[-1]))
 
 
 def _program(name: str) -> str:
@@ -412,9 +412,7 @@ def unigram(texts: text.Texts, record: Mapping[str, Any]) -> dict[str, float]:
     from sn29.models.tokenizer import Tokenizer
 
     found = {}
-    drawn_from = (
-        capped(t, MAX_CHARS) for t in documents(sorted(texts.dataset.glob("data/eval-*.parquet")), "text", seed=0)
-    )
+    drawn_from = (capped(t, MAX_CHARS) for t in documents(sorted(texts.dataset.glob("data/eval-*.parquet")), "text", seed=0))
     evaluation = {hashlib.sha256(t.encode()).hexdigest()[:32]: t for t in drawn_from}
     for name, folder in (("c00", texts.gpt4), ("c01", texts.llama32k)):
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
@@ -448,44 +446,50 @@ def rows(ended: Ended) -> dict[str, dict[str, Any]]:
     return found
 
 
-def show_table(console: Console, ended: Ended, crew: tuple[Miner, ...]) -> None:
-    table = Table(
-        title="What the second round decided; weights as the chain has them", title_style="bold", expand=False
-    )
+def show_table(console: Console, ended: Ended) -> None:
+    table = Table(title="What the second round decided; weights as the chain has them", title_style="bold")
     for column in ("miner", "competition", "outcome"):
         table.add_column(column, overflow="fold")
     for column in ("nats a sample", "bits a byte", "wins", "weight"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     found, hotkey_of = rows(ended), {name: hotkey for hotkey, name in ended.names.items()}
-    for miner in crew:
+    for miner in ended.crew:
         row = found[hotkey_of[miner.name]]
-        outcome = row["outcome"]
-        said = outcome["detail"].removeprefix(outcome["hotkey"] + ": ")
         figures = (f"{row['loss']:.1f}", f"{row['bpb']:.3f}", f"{row['wins']:g}") if "loss" in row else ("", "", "")
-        colour = "green" if outcome["status"] == "evaluated" else "red"
-        table.add_row(
-            miner.name,
-            miner.competition,
-            f"[{colour}]{outcome['status']}[/{colour}] {said}",
-            *figures,
-            f"{row['weight']:.4f}",
-        )
+        said = _outcome_line(row["outcome"], ended.names)
+        table.add_row(miner.name, miner.competition, said, *figures, f"{row['weight']:.4f}")
     console.print(table)
     for name, bits in ended.unigram.items():
-        console.print(
-            f"  {name}: a unigram model of the training text needs {bits:.3f} bits a byte on the same samples"
-        )
+        console.print(f"  {name}: a unigram model of the training text needs {bits:.3f} bits a byte on the same samples")
 
 
-def check_story(ended: Ended, crew: tuple[Miner, ...]) -> None:
+def _outcome_line(outcome: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Outcome, reason and both values in one cell; hotkeys by name, long hashes cut."""
+    if outcome["status"] == "evaluated":
+        return "[green]evaluated[/green]"
+    values = f"{outcome['got'] or outcome['detail']} / {outcome['limit']}"
+    for hotkey, name in names.items():
+        values = values.replace(hotkey, name)
+    values = escape(re.sub(r"[0-9a-f]{40,64}", lambda found: found[0][:8] + "...", values))
+    return f"[red]{outcome['status']}[/red] {outcome['reason']}: {values}"
+
+
+def check_outcomes(ended: Ended) -> None:
     """That every miner met the end it must meet. A demo that tells another story has found a bug: RuntimeError."""
     found, hotkey_of = rows(ended), {name: hotkey for hotkey, name in ended.names.items()}
-    for miner in crew:
+    for miner in ended.crew:
         row = found[hotkey_of[miner.name]]
         got = row["outcome"]["reason"] or row["outcome"]["status"]
         if got != miner.expected:
             raise RuntimeError(f"{miner.name}: {got} instead of {miner.expected}")
-        if miner.expected == "evaluated" and row["bpb"] >= ended.unigram[miner.competition]:
-            raise RuntimeError(f"{miner.name}: {row['bpb']:.3f} bits a byte, not below a unigram model's")
         if miner.expected != "evaluated" and row["weight"] > 0:
             raise RuntimeError(f"{miner.name}: refused, but weight {row['weight']}")
+
+
+def check_training(ended: Ended) -> None:
+    """That training has taught something: below a unigram model, and below half of the way from the own start."""
+    found, hotkey_of = rows(ended), {name: hotkey for hotkey, name in ended.names.items()}
+    for miner in ended.crew:
+        row, limit = found[hotkey_of[miner.name]], ended.unigram[miner.competition]
+        if miner.expected == "evaluated" and not row["bpb"] < limit:
+            raise RuntimeError(f"{miner.name}: {row['bpb']:.3f} bits a byte, not below a unigram model's {limit:.3f}")

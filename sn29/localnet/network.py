@@ -34,7 +34,7 @@ _COMPETITION = """\
 reward_share: 0.5
 families: [{families}]
 tokenizer: {{{tokenizer}}}
-limits: {{parameters: {parameters}, bytes: 60e6, max_tokens: 512, max_chars: {max_chars}, round_trip_failures: 3}}
+limits: {{parameters: {parameters}, bytes: 60e6, max_tokens: 768, max_chars: {max_chars}, round_trip_failures: 3}}
 dataset: {{hub: {dataset}, revision: "{revision}", files: "data/eval-*.parquet", column: text}}
 samples: {{count: 60, window_blocks: {window_blocks}}}
 scoring:

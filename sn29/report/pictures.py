@@ -1,0 +1,287 @@
+"""The page's pictures: numbers in, SVG text out, the same bytes for the same numbers.
+
+Text stays text, in the page's own font, and every colour is a variable of the page's style sheet, so that one picture is
+right on light and on dark paper. One unit is one CSS pixel; pictures are made for a column of 420, a phone's width.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from sn29.report.style import MINERS, ROLES, variables
+
+WIDTH = 420
+MAX_POINTS = 300
+"""Points that a line is drawn with; more cannot be seen in a picture this wide."""
+
+_INK, _MUTED, _RULE = (ROLES[name][0] for name in ("ink", "muted", "rule"))
+_MORE, _LESS = ROLES["more"][0], ROLES["less"][0]
+_CHARACTER = 7.2  # width of a character at 12 px, rounded up: the reader's font is not known
+_SETTINGS: Mapping[str, object] = {
+    "svg.fonttype": "none",  # text, not outlines
+    "text.parse_math": False,  # a name with $ in it is a name
+    "font.family": "DejaVu Sans",  # comes with matplotlib; for measuring only
+    "font.size": 12,
+    "axes.edgecolor": _RULE,
+    "axes.labelcolor": _MUTED,
+    "axes.linewidth": 1,
+    "axes.unicode_minus": True,
+    "xtick.color": _RULE,
+    "ytick.color": _RULE,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+    "path.simplify": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a picture, with its name at its end."""
+
+    label: str
+    colour: int
+    """Index into the palette."""
+    x: Sequence[float]
+    y: Sequence[float]
+    dashed: bool = False
+
+
+def win_matrix(
+    names: Sequence[tuple[str, int]], wins: Sequence[Sequence[int]], plain: Sequence[Sequence[int]], num_samples: int, alt: str
+) -> str:
+    """Row against column: on how many samples, large with the row's advantage, small without. `names`: (label, colour)."""
+    longest = max(len(label) for label, _ in names) * _CHARACTER
+    left = longest + 24
+    side = min(92.0, max(46.0, (WIDTH - left - 4) / len(names)))
+    steep = longest > side - 8
+    top = longest * 0.72 + 22 if steep else 30.0
+    width, height = max(WIDTH, left + side * len(names) + (longest * 0.6 if steep else 4)), top + side * len(names) + 4
+    with _figure(width, height) as figure:
+        axes = _axes(figure, 0, 0, width, height)
+        axes.set_axis_off()
+        axes.set_xlim(0, width)
+        axes.set_ylim(height, 0)
+        for row, (label, colour) in enumerate(names):
+            middle = top + side * (row + 0.5)
+            axes.plot([6], [middle], "o", color=_miner(colour), markersize=7, markeredgewidth=0)
+            axes.text(17, middle, label, color=_INK, va="center_baseline")
+            across = left + side * (row + (0.5 if not steep else 0.42))
+            angle, where = (40, "left") if steep else (0, "center")
+            axes.text(across, top - 8, label, color=_INK, ha=where, va="baseline", rotation=angle, rotation_mode="anchor")
+            for column in range(len(names)):
+                cell = None if row == column else (wins[row][column], plain[row][column])
+                _cell(axes, left + side * column, top + side * row, side - 2, cell, num_samples)
+        return _svg(figure, "matrix", alt, wide=width > WIDTH)
+
+
+def differences(lines: Sequence[Line], holder: str, alt: str) -> str:
+    """Each model's loss less the holder's, sample by sample, sorted; x is the share of samples, 0 to 100."""
+    ends = max(len(line.label) for line in lines) * _CHARACTER + 14
+    with _figure(WIDTH, 260) as figure:
+        axes = _axes(figure, 48, 40, WIDTH - 48 - ends, 206)
+        _grid(axes)
+        axes.axhline(0, color=_MUTED, linewidth=1)
+        for line in lines:
+            axes.plot(line.x, line.y, color=_miner(line.colour), linewidth=2, solid_capstyle="round")
+        axes.set_xlim(0, 100)
+        axes.margins(y=0.06)
+        axes.set_xlabel("samples, lowest difference first (%)")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}".replace("-", "−") if value else "0"))
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, -0.14 * (high - low)), max(high, 0.0))  # room for the words under the zero line
+        axes.annotate(
+            f"below: less loss than {holder}", (1, 0), (-6, -6), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
+            ha="right", va="top", color=_MUTED, fontsize=11,
+        )  # fmt: skip
+        axes.set_title("nats", loc="left", fontsize=11, color=_MUTED, x=-0.02, pad=4, ha="right")
+        _label_ends(axes, lines)
+        return _svg(figure, "differences", alt)
+
+
+def curves(lines: Sequence[Line], smooth: Sequence[Line], top: float, alt: str) -> str:
+    """Loss against tokens up to a loss of `top`: raw in light, smoothed on top, with the name at the end."""
+    ends = max(len(line.label) for line in smooth) * _CHARACTER + 14
+    with _figure(WIDTH, 280) as figure:
+        axes = _axes(figure, 36, 40, WIDTH - 36 - ends, 222)
+        _grid(axes)
+        for line in lines:
+            axes.plot(line.x, line.y, color=_miner(line.colour), linewidth=1, alpha=0.28)
+        for line in smooth:
+            axes.plot(line.x, line.y, color=_miner(line.colour), linewidth=2, linestyle=(0, (4, 1.6)) if line.dashed else "-")
+        axes.set_xlim(0, max(line.x[-1] for line in smooth))
+        low = min(min(line.y) for line in lines)
+        axes.set_ylim(low - 0.06 * (top - low), max(top, low + 0.01))
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axes.set_xlabel("tokens seen")
+        axes.set_title("nats per token", loc="left", fontsize=11, color=_MUTED, pad=4, x=-0.1)
+        _label_ends(axes, smooth)
+        return _svg(figure, "curves", alt)
+
+
+def weights(names: Sequence[tuple[str, int]], panels: Sequence[tuple[str, Sequence[float]]], alt: str) -> str:
+    """Bars, a panel for each (title, weights in the order of `names`), all on one scale."""
+    left = max(len(label) for label, _ in names) * _CHARACTER + 24
+    gap, line = 14, 22
+    across = max(80.0, (WIDTH - left - gap * (len(panels) - 1)) / len(panels))
+    width, height = max(WIDTH, left + len(panels) * (across + gap) - gap), 26 + line * len(names) + 4
+    scale = (across - 46) / max([w for _, row in panels for w in row if w > 0] or [1.0])
+    with _figure(width, height) as figure:
+        axes = _axes(figure, 0, 0, width, height)
+        axes.set_axis_off()
+        axes.set_xlim(0, width)
+        axes.set_ylim(height, 0)
+        for row, (label, colour) in enumerate(names):
+            middle = 26 + line * (row + 0.5)
+            axes.plot([6], [middle], "o", color=_miner(colour), markersize=7, markeredgewidth=0)
+            axes.text(17, middle, label, color=_INK, va="center_baseline")
+        for panel, (title, values) in enumerate(panels):
+            start = left + panel * (across + gap)
+            axes.text(start, 14, title, color=_MUTED, fontsize=11)
+            axes.plot([start, start], [24, height - 4], color=_RULE, linewidth=1)
+            for row, (value, (_, colour)) in enumerate(zip(values, names, strict=True)):
+                middle = 26 + line * (row + 0.5)
+                axes.add_patch(Rectangle((start, middle - 6), value * scale, 12, facecolor=_miner(colour), linewidth=0))
+                shown, ink = (f"{value:.3f}", _INK) if value else ("0", _MUTED)
+                axes.text(start + value * scale + 5, middle, shown, color=ink, fontsize=11, va="center_baseline")
+        return _svg(figure, "weights", alt, wide=width > WIDTH)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """A running mean over about a fifteenth of the values: symmetric at the steep start, one-sided at the end."""
+    half = max(1, len(values) // 30)
+    found = []
+    for at in range(len(values)):
+        reach = min(at, half)
+        part = values[at - reach : at + reach + 1]
+        found.append(math.fsum(part) / len(part))
+    return found
+
+
+def thinned(values: Sequence[float]) -> list[float]:
+    """At most MAX_POINTS of the values, evenly taken, first and last among them."""
+    if len(values) <= MAX_POINTS:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (MAX_POINTS - 1))] for i in range(MAX_POINTS)]
+
+
+def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The places, moved as little as needed so that no two are nearer than `gap` and all lie between low and high.
+
+    When there is no room for that they go below `low`.
+    """
+    order = sorted(range(len(places)), key=lambda i: -places[i])
+    moved = list(places)
+    ceiling = high
+    for i in order:
+        moved[i] = min(moved[i], ceiling)
+        ceiling = moved[i] - gap
+    floor = low
+    for i in reversed(order):
+        if moved[i] >= floor:
+            break
+        moved[i] = floor
+        floor += gap
+    return moved if moved[order[0]] <= high else [high - gap * order.index(i) for i in range(len(places))]
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    with rc_context(dict(_SETTINGS)):  # type: ignore[arg-type]
+        yield Figure(figsize=(width / 72, height / 72), dpi=72)
+
+
+def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """In pixels from the picture's lower left corner."""
+    across, up = figure.get_size_inches() * 72
+    axes = figure.add_axes((left / across, bottom / up, width / across, height / up))
+    axes.patch.set_visible(False)
+    return axes
+
+
+def _grid(axes: Axes) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="y", color=_RULE, linewidth=1)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=11, pad=5)
+    axes.tick_params(which="minor", length=0)
+    axes.xaxis.label.set_fontsize(11)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+
+
+def _cell(axes: Axes, x: float, y: float, side: float, cell: tuple[int, int] | None, num_samples: int) -> None:
+    if cell is None:
+        axes.text(x + side / 2, y + side / 2, "–", color=_MUTED, ha="center", va="center")
+        return
+    won, plain = cell
+    lean = won / max(1, num_samples) - 0.5
+    colour, strength = (_MORE if lean > 0 else _LESS), 0.06 + 0.84 * abs(lean)
+    axes.add_patch(Rectangle((x, y), side, side, facecolor=colour, alpha=round(strength, 3), linewidth=0))
+    axes.text(x + side / 2, y + side / 2 + 1, f"{won}", color=_INK, ha="center", va="baseline", fontsize=15)
+    axes.text(x + side / 2, y + side / 2 + 15, f"{plain}", color=_INK, ha="center", va="baseline", fontsize=10.5)
+
+
+def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
+    """Names right of the picture, moved apart, each tied to the end of its line by a thin stroke."""
+    low, high = axes.get_ylim()
+    box = axes.get_window_extent()
+    ends = [(line.y[-1] - low) / (high - low) * box.height for line in lines]
+    for line, end, place in zip(lines, ends, spread(ends, 15, 4, box.height - 4), strict=True):
+        x = line.x[-1] / axes.get_xlim()[1] * box.width
+        axes.plot(
+            [x / box.width, 1, 1 + 11 / box.width], [end / box.height, end / box.height, place / box.height],
+            color=_miner(line.colour), linewidth=1, alpha=0.55, transform=axes.transAxes, clip_on=False,
+        )  # fmt: skip
+        axes.text(
+            1 + 14 / box.width, place / box.height, line.label, color=_miner(line.colour), va="center_baseline",
+            transform=axes.transAxes,
+        )  # fmt: skip
+
+
+def _short(value: float) -> str:
+    """1,500 as 1.5k and 2,000,000 as 2M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _miner(colour: int) -> str:
+    return MINERS[colour % len(MINERS)][0]
+
+
+def _svg(figure: Figure, name: str, alt: str, *, wide: bool = False) -> str:
+    """The picture as an element of an HTML page: no prolog, no metadata, no ids but its own, colours as variables."""
+    stream = io.StringIO()
+    with rc_context({"svg.hashsalt": f"{name} {alt}"}), warnings.catch_warnings():  # ids that no other picture of the page has
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's font has them
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
+    drawn = stream.getvalue()
+    inner = drawn[drawn.index(">", drawn.index("<svg")) + 1 :]
+    inner = re.sub(r'<g id="[^"]*"', "<g", inner)
+    inner = re.sub(r"<metadata>.*?</metadata>", "", inner, flags=re.DOTALL)
+    inner = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", inner, flags=re.DOTALL)  # it would apply to the whole page
+    inner = inner.replace("font-family: 'DejaVu Sans'", "font-family: inherit")
+    for variable, (light, _) in variables().items():
+        inner = inner.replace(light, f"var(--{variable})")
+    across, up = (round(x) for x in figure.get_size_inches() * 72)
+    kind = ' class="wide"' if wide else ""
+    head = f'<svg{kind} role="img" aria-label="{escape(alt)}" viewBox="0 0 {across} {up}" width="{across}" height="{up}">'
+    return head + re.sub(r"\n\s*", "\n", inner).strip()

@@ -1,0 +1,96 @@
+"""Colours and layout of the page. Pictures are drawn in the light colours and then refer to the same variables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+ROLES: Mapping[str, tuple[str, str]] = {
+    "paper": ("#fdfdfc", "#16181b"),
+    "panel": ("#f4f4f2", "#1e2125"),
+    "ink": ("#1d2126", "#e4e6e9"),
+    "muted": ("#646b74", "#98a0aa"),
+    "rule": ("#dcdedf", "#343a41"),
+    "more": ("#2a6fb5", "#5aa5ee"),
+    "less": ("#c4651c", "#e8924c"),
+}
+"""Name of a CSS variable -> its colour on light and on dark. Each light one is unique: pictures are recoloured by it."""
+
+MINERS: tuple[tuple[str, str], ...] = (
+    ("#0067a5", "#57ade9"),  # blue
+    ("#c85200", "#f28b45"),  # vermilion
+    ("#00836a", "#2cc19c"),  # green
+    ("#ad4f93", "#e08cc5"),  # purple
+    ("#957000", "#dcb637"),  # ochre
+    ("#5847ad", "#aa9df2"),  # indigo
+    ("#1f97c7", "#9bd8f7"),  # sky
+    ("#8a9099", "#7b838d"),  # grey
+)
+"""Hues that people with any colour vision tell apart (after Okabe and Ito), darkened for light paper, lightened for dark.
+
+The last one is for those who take part in no comparison.
+"""
+GREY = len(MINERS) - 1
+
+
+def variables() -> dict[str, tuple[str, str]]:
+    """CSS variable -> (light, dark)."""
+    return {**ROLES, **{f"m{i}": pair for i, pair in enumerate(MINERS)}}
+
+
+def css() -> str:
+    """The page's whole style sheet."""
+    light = "".join(f"--{name}:{pair[0]};" for name, pair in variables().items())
+    dark = "".join(f"--{name}:{pair[1]};" for name, pair in variables().items())
+    dots = "".join(f".m{i}::before{{background:var(--m{i})}}" for i in range(len(MINERS)))
+    return f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{_LAYOUT}{dots}"
+
+
+_LAYOUT = """
+:root{color-scheme:light dark}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:2.5rem 1.25rem 4rem;max-width:58rem;background:var(--paper);color:var(--ink);
+ font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif;-webkit-text-size-adjust:100%}
+h1{font-size:1.75rem;line-height:1.2;font-weight:650;letter-spacing:-.015em;margin:0 0 .75rem}
+h2{font-size:1.25rem;line-height:1.3;font-weight:650;letter-spacing:-.01em;margin:3.5rem 0 .5rem;padding-top:1rem;
+ border-top:1px solid var(--rule)}
+h2 small{font-size:1rem;font-weight:400;color:var(--muted);letter-spacing:0}
+p{margin:.5rem 0;max-width:42rem}
+.lead{font-size:1.0625rem}
+.note,figcaption,caption{color:var(--muted);font-size:.875rem;line-height:1.5}
+nav{margin:1.25rem 0;font-size:.9375rem}
+nav a{display:inline-block;margin-right:1rem}
+a{color:inherit;text-decoration-color:var(--muted);text-underline-offset:.2em}
+.lead ul,ul.lead{padding-left:1.1rem;margin:.5rem 0}
+.box{overflow-x:auto;margin:1rem 0}
+table{border-collapse:separate;border-spacing:0;width:100%;font-size:.9375rem;line-height:1.4;
+ font-variant-numeric:tabular-nums lining-nums}
+caption{text-align:left;caption-side:top;padding:0 0 .6rem}
+th,td{text-align:left;vertical-align:baseline;padding:.45rem .9rem .45rem 0;border-bottom:1px solid var(--rule)}
+th:last-child,td:last-child{padding-right:0}
+thead th{font-size:.8125rem;font-weight:500;color:var(--muted);white-space:nowrap;vertical-align:bottom}
+tbody th{font-weight:500;white-space:nowrap;position:sticky;left:0;background:var(--paper)}
+caption span,td[colspan] span{display:block}
+tfoot th,tfoot td{border-bottom:0;color:var(--muted);font-weight:400}
+.n{text-align:right;white-space:nowrap}
+.first td,.first th{font-weight:650}
+.first .why,.why{color:var(--muted);font-weight:400;font-size:.875rem;min-width:17rem;overflow-wrap:anywhere}
+.n+:not(.n){padding-left:.9rem}
+.why b{font-weight:600;color:var(--ink)}
+.who::before{content:"";display:inline-block;width:.55rem;height:.55rem;border-radius:50%;margin-right:.5rem}
+.none{color:var(--muted)}
+code{font:.8125rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1.5rem 2rem;align-items:start}
+figure{margin:1rem 0 0;min-width:0}
+figure h3,h3{font-size:.9375rem;font-weight:600;margin:1.25rem 0 .5rem}
+figure>div{overflow-x:auto}
+svg{display:block;max-width:100%;height:auto;font-family:inherit}
+svg *{stroke-linejoin:round;stroke-linecap:butt}
+svg.wide{max-width:none}
+figure:has(svg.wide){grid-column:1/-1}
+figcaption{margin-top:.5rem}
+details{margin:1rem 0}
+summary{cursor:pointer;color:var(--muted);font-size:.9375rem}
+@media(max-width:34rem){body{padding:1.5rem 1rem 3rem}h2{margin-top:2.5rem}table{font-size:.875rem}
+ caption span{max-width:calc(100vw - 2rem)}td[colspan] span{max-width:calc(100vw - 9rem)}}
+@media print{body{max-width:none}details{display:block}}
+""".replace("\n", "")

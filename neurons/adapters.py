@@ -51,9 +51,7 @@ def _substrate(settings: NeuronSettings) -> Any:
 
     path = settings.localnet_dir / "chain.db"
     if not path.exists():
-        raise Rejected(
-            Reason.SETTING, f"no localnet in {settings.localnet_dir}", "run `sn29 localnet up` first", "--network"
-        )
+        raise Rejected(Reason.SETTING, f"no localnet in {settings.localnet_dir}", "run `sn29 localnet up` first", "--network")
     return LedgerSubstrate(path)
 
 
@@ -69,9 +67,7 @@ def read_competitions(folder: Path) -> tuple[dict[str, Competition], HallOfFame,
     """(competitions by name, hall of fame, sha256 hex of each competition's file). Raises Rejected(COMPETITION_FILE)."""
     texts = read_texts(folder)
     hall = parse_hall_of_fame(texts.pop(HALL_OF_FAME)) if HALL_OF_FAME in texts else None
-    competitions = {
-        name.removesuffix(".yaml"): parse_competition(name.removesuffix(".yaml"), t) for name, t in texts.items()
-    }
+    competitions = {name.removesuffix(".yaml"): parse_competition(name.removesuffix(".yaml"), t) for name, t in texts.items()}
     check_together(list(competitions.values()))
     hashes = {name.removesuffix(".yaml"): hashlib.sha256(t.encode()).hexdigest() for name, t in texts.items()}
     nobody = HallOfFame(max_fraction=0.0, decay_per_epoch=0.995, blocks_per_epoch=361, entries=())

@@ -83,9 +83,7 @@ def train(settings: MinerSettings, competition: Competition, hub: Hub, fixed: Fi
     torch.set_num_threads(settings.threads)
     path = fixed.path if fixed else settings.tokenizer
     if path is None:
-        raise Rejected(
-            Reason.SETTING, "no --tokenizer", f"a tokenizer.json: {competition.name} has a free one", "--tokenizer"
-        )
+        raise Rejected(Reason.SETTING, "no --tokenizer", f"a tokenizer.json: {competition.name} has a free one", "--tokenizer")
     tokenizer = Tokenizer.load(path)
     texts = training_files(settings, competition, hub)
     shape = Shape(

@@ -47,9 +47,7 @@ async def run(settings: ValidatorSettings) -> None:
     )
     async with open_chain(settings) as chain:
         store.belong_to(f"{await chain.block_hash(0)} netuid {settings.netuid}")
-        telemetry.tell(
-            "started", f"validator {chain.hotkey} on {settings.network}", competitions=", ".join(rules.competitions)
-        )
+        telemetry.tell("started", f"validator {chain.hotkey} on {settings.network}", competitions=", ".join(rules.competitions))
         tokenizers = Tokenizers(hub, settings.state_dir / "tokenizers")
         ports = Ports(chain, hub, store, dataset_of(hub, settings.competitions_dir), tokenizers, machine)
         rounds_done = asyncio.Event()
@@ -94,9 +92,7 @@ async def _publisher(settings: ValidatorSettings, ports, rounds_done: asyncio.Ev
         except Exception:  # noqa: BLE001 - the other daemon loop
             telemetry.bug("setting weights failed; it is tried again")
         newest, publications = ports.store.weights(), ports.store.publications()
-        on_chain = (
-            newest is None or not newest.by_hotkey or (publications and publications[-1][1].block >= newest.block)
-        )
+        on_chain = newest is None or not newest.by_hotkey or (publications and publications[-1][1].block >= newest.block)
         if last_look and on_chain:
             return
         await asyncio.sleep(settings.poll_s)

@@ -248,9 +248,7 @@ class Chain:
         if validator is None:
             return {}
         item = bt.storage.SubtensorModule.Weights
-        row = await self._ask(
-            "weights", lambda client: client.query(item, [self.netuid, validator.uid], block=graph.block)
-        )
+        row = await self._ask("weights", lambda client: client.query(item, [self.netuid, validator.uid], block=graph.block))
         meant = {n.uid: n.hotkey for n in graph.neurons if n.registered_at <= validator.last_update}
         shares = {meant[int(uid)]: int(value) for uid, value in row or () if int(uid) in meant and int(value)}
         total = sum(shares.values())
@@ -277,9 +275,7 @@ class Chain:
             return Receipt(int(ours.block), verified_by_readback=True)
 
         def send(client: Any) -> Any:
-            return client.submit_call(
-                call, self._wallet, signer="hotkey", period=_ERA_BLOCKS, wait_for_finalization=False
-            )
+            return client.submit_call(call, self._wallet, signer="hotkey", period=_ERA_BLOCKS, wait_for_finalization=False)
 
         return await self._write("commitment", send, landed)
 
@@ -351,9 +347,7 @@ class Chain:
                 raise Unavailable(what, why) from problem
             return receipt
 
-    async def _read_back(
-        self, landed: Callable[[int], Awaitable[Receipt | None]], since: int, pause_s: float
-    ) -> Receipt | None:
+    async def _read_back(self, landed: Callable[[int], Awaitable[Receipt | None]], since: int, pause_s: float) -> Receipt | None:
         """The receipt, once the chain shows it; None at the deadline. A chain that is away meanwhile may come back."""
         clock = asyncio.get_running_loop().time
         end = clock() + self._deadline_s

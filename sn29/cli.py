@@ -79,9 +79,7 @@ def _demo(words: list[str]) -> int:
     from sn29.report.page import write_page
 
     ended = run(settings)
-    page = write_page(
-        ended.folder / "report.html", ended.records, ended.published, ended.names, ended.curves, ended.unigram
-    )
+    page = write_page(ended.folder / "report.html", ended.records, ended.published, ended.names, ended.curves, ended.unigram)
     check_outcomes(ended)
     if not settings.steps:
         check_training(ended)
@@ -96,9 +94,7 @@ def _demo(words: list[str]) -> int:
 def _competitions_check(words: list[str]) -> int:
     """DIR (default: competitions), the only argument."""
     if words[:1] in (["--help"], ["-h"]):
-        print(
-            "usage: sn29 competitions check [DIR]\n\nValidates DIR/*.yaml (default: competitions). Exit 1 when one is wrong."
-        )
+        print("usage: sn29 competitions check [DIR]\n\nValidates DIR/*.yaml (default: competitions). Exit 1 when one is wrong.")
         return 0
     if len(words) > 1:
         raise Rejected(Reason.SETTING, " ".join(words), "at most one folder", "sn29 competitions check")
@@ -151,14 +147,10 @@ def _check(words: list[str]) -> int:
                 )
             fixed = FixedText(settings.tokenizer, tokenizer.largest_id())
         else:
-            fixed = FixedText(
-                *Tokenizers(Hub(settings.hub_endpoint), default_cache() / "tokenizers")(competition.tokenizer)
-            )
+            fixed = FixedText(*Tokenizers(Hub(settings.hub_endpoint), default_cache() / "tokenizers")(competition.tokenizer))
     if settings.metadata_only:
         folder = settings.model_dir
-        checked: Checked = inspect(
-            checkpoint.local_listing(folder), checkpoint.local_reader(folder), competition, fixed
-        )
+        checked: Checked = inspect(checkpoint.local_listing(folder), checkpoint.local_reader(folder), competition, fixed)
     else:
         checked = asyncio.run(check(settings.model_dir, competition, fixed, threads=2, deadline_s=3600))
     _say_checked(checked, competition.name, as_json=settings.json_output)
@@ -168,22 +160,11 @@ def _check(words: list[str]) -> int:
 def _say_checked(checked: Any, competition: str, *, as_json: bool) -> None:
     if as_json:
         refusals = [
-            {
-                "reason": r.reason.code,
-                "sentence": r.reason.sentence,
-                "got": r.got,
-                "limit": r.limit,
-                "where": r.where,
-                "advice": r.reason.advice,
-            }
+            {"reason": r.reason.code, "sentence": r.reason.sentence, "advice": r.reason.advice, "got": r.got, "limit": r.limit}
             for r in checked.refusals
         ]
         facts = asdict(checked.facts) if checked.facts else None
-        print(
-            json.dumps(
-                {"competition": competition, "allowed": not refusals, "refusals": refusals, "facts": facts}, indent=2
-            )
-        )
+        print(json.dumps({"competition": competition, "allowed": not refusals, "refusals": refusals, "facts": facts}, indent=2))
         return
     if checked.facts:
         f = checked.facts
@@ -223,7 +204,8 @@ def _localnet_up(words: list[str]) -> int:
             f"up: chain and Hub in {localnet.folder}, Hub at {hub.endpoint}; Ctrl-C stops it, all state stays",
             flush=True,
         )
-        common = f"--network localnet --localnet.dir {localnet.folder} --hub.endpoint {hub.endpoint} --competitions.dir {localnet.competitions}"
+        common = f"--network localnet --localnet.dir {localnet.folder} --hub.endpoint {hub.endpoint}"
+        common += f" --competitions.dir {localnet.competitions}"
         print(f"  sn29 validator --wallet.name W --wallet.hotkey validator {common}", flush=True)
         print(
             f"  HF_TOKEN=... sn29 miner --wallet.name W --wallet.hotkey H --repo W/model --competition c00 {common}",

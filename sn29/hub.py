@@ -241,9 +241,7 @@ class Hub:
         return self._again(attempt)
 
     @contextmanager
-    def _response(
-        self, url: str, where: str, timeout_s: float, token: str | bool, **headers: str
-    ) -> Iterator[httpx2.Response]:
+    def _response(self, url: str, where: str, timeout_s: float, token: str | bool, **headers: str) -> Iterator[httpx2.Response]:
         # identity: of a compressed body a Range would mean other bytes
         sent = {**build_hf_headers(token=token), "Accept-Encoding": "identity", **headers}
         with _our_errors(where), get_session().stream("GET", url, headers=sent, timeout=timeout_s) as response:
@@ -271,9 +269,7 @@ class Hub:
 
         return self._again(whole)
 
-    def _chunks(
-        self, repo: ModelId, path: str, kind: Kind, start: int, stop: int | None, timeout_s: float
-    ) -> Iterator[bytes]:
+    def _chunks(self, repo: ModelId, path: str, kind: Kind, start: int, stop: int | None, timeout_s: float) -> Iterator[bytes]:
         """Bytes start..stop of a file, also from a server that ignores Range and sends it all."""
         where = f"{repo} {path}"
         with _our_errors(where):

@@ -62,9 +62,7 @@ class Commitment:
         m = self.model
         data = f"{m.namespace}:{m.name}:{m.revision}:{self.digest}:{self.competition}".encode()
         if len(data) > MAX_COMMITMENT_BYTES:
-            raise Rejected(
-                Reason.MALFORMED_COMMITMENT, f"{len(data)} bytes", f"at most {MAX_COMMITMENT_BYTES} bytes", m.repo
-            )
+            raise Rejected(Reason.MALFORMED_COMMITMENT, f"{len(data)} bytes", f"at most {MAX_COMMITMENT_BYTES} bytes", m.repo)
         if not _COMMITMENT.fullmatch(data.decode()):
             raise Rejected(Reason.MALFORMED_COMMITMENT, data.decode(), _COMMITMENT.pattern)
         return data
@@ -76,9 +74,7 @@ class Commitment:
         found = _COMMITMENT.fullmatch(text) if len(data) <= MAX_COMMITMENT_BYTES else None
         if not found:
             shown = "".join(c if c.isprintable() else "?" for c in text[:160])
-            raise Rejected(
-                Reason.MALFORMED_COMMITMENT, repr(shown), "namespace:name:revision:digest:competition", hotkey
-            )
+            raise Rejected(Reason.MALFORMED_COMMITMENT, repr(shown), "namespace:name:revision:digest:competition", hotkey)
         part = found.groupdict()
         model = ModelId(part["namespace"], part["name"], part["revision"])
         return cls(hotkey, block, model, part["digest"], part["competition"])

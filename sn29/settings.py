@@ -134,22 +134,20 @@ class MinerSettings(NeuronSettings):
     repo: str = _flag("", "repository on the Hub: namespace/name", "repo")
     hub_token: str = _flag("", "token that may write to the repository (better: HF_TOKEN)", "hub.token")
     work_dir: Path = _flag(Path("~/.sn29/miner"), "folder of checkpoints, text and state", "work.dir")
-    start: Path | None = _flag(
-        None, "checkpoint folder to train on from, of the same shape; default: fresh weights", "start"
-    )
+    start: Path | None = _flag(None, "checkpoint folder to train on from, of the same shape; default: fresh weights", "start")
     model: Path | None = _flag(None, "publish this folder instead of training", "model")
     tokenizer: Path | None = _flag(None, "tokenizer.json for a competition with a free one", "tokenizer")
     text: str = _flag("", "glob of the data set's training files; default: the competition's files", "text")
     family: str = _flag("", "class of a new model; default: the competition's first", "family")
     hidden_size: int = _flag(64, "width of a new model", "hidden-size")
     intermediate_size: int = _flag(192, "width of its MLP", "intermediate-size")
-    num_layers: int = _flag(2, "its layers", "num-layers")
+    num_layers: int = _flag(1, "its layers", "num-layers")
     num_heads: int = _flag(4, "its attention heads", "num-heads")
     tied: bool = _flag(True, "one matrix for embedding and head", "tied")
     steps: int = _flag(1000, "optimizer steps", "steps")
-    batch_tokens: int = _flag(512, "tokens of a step", "batch-tokens")
+    batch_tokens: int = _flag(256, "tokens of a step", "batch-tokens")
     max_tokens: int = _flag(128, "a document is cut to this many tokens", "max-tokens")
-    learning_rate: float = _flag(3e-3, "highest learning rate", "learning-rate")
+    learning_rate: float = _flag(6e-3, "highest learning rate", "learning-rate")
     seed: int = _flag(0, "seed of the initial weights and of the order of the text", "seed")
     threads: int = _flag(max(1, (os.cpu_count() or 2) // 2), "CPU threads of the training", "threads")
     force: bool = _flag(False, "publish although the checks refuse the model", "force")
@@ -176,9 +174,7 @@ class DemoSettings(_Settings):
 
     model_config = SettingsConfigDict(cli_prog_name="sn29 demo")
 
-    folder: Path | None = _flag(
-        None, "folder of everything the demo makes; default: a new one, kept for you to look at", "dir"
-    )
+    folder: Path | None = _flag(None, "folder of everything the demo makes; default: a new one, kept for you to look at", "dir")
     block_seconds: float = _flag(1.0, "seconds a block of the chain", "block-seconds")
     steps: int = _flag(0, "training steps of the first miner of each competition; 0 = as the demo is tuned", "steps")
     open_page: bool = _flag(False, "open the page in the browser at the end", "open")
@@ -192,9 +188,7 @@ class CheckSettings(_Settings):
     model_dir: CliPositionalArg[Path] = Field(description="folder with config.json and *.safetensors")
     competition: str = _flag("", "c00, or the path of a competition file", "competition")
     competitions_dir: Path = _flag(Path("competitions"), "folder where c00 is looked up", "competitions.dir")
-    tokenizer: Path | None = _flag(
-        None, "tokenizer.json of the competition, if its Hub is not to be asked", "tokenizer"
-    )
+    tokenizer: Path | None = _flag(None, "tokenizer.json of the competition, if its Hub is not to be asked", "tokenizer")
     hub_endpoint: str = _flag(DEFAULT_HUB, "Hub that has the competition's tokenizer", "hub.endpoint")
     metadata_only: bool = _flag(False, "stop before the weights are loaded", "metadata-only")
     json_output: bool = _flag(False, "print the answer as JSON", "json")

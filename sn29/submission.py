@@ -62,9 +62,7 @@ def inspect(listing: RepoListing, read: Read, competition: Competition, fixed: F
     return Checked(facts, violations(competition, facts, fixed.largest_id if fixed else None))
 
 
-async def check(
-    folder: Path, competition: Competition, fixed: FixedText | None, *, threads: int, deadline_s: float
-) -> Checked:
+async def check(folder: Path, competition: Competition, fixed: FixedText | None, *, threads: int, deadline_s: float) -> Checked:
     """All checks on a folder: those of the metadata, then the child process of the validator on probe texts.
 
     Raises Unavailable when the child gave no answer.
@@ -105,9 +103,7 @@ async def submit(
 ) -> Commitment:
     """Publishes the folder and commits to it. Raises Rejected when the rules refuse what was uploaded (unless forced)."""
     namespace, _, name = repo.partition("/")
-    largest = Commitment(
-        chain.hotkey, 0, ModelId(namespace, name, "0" * 40), checkpoint.digest("", ""), competition.name
-    )
+    largest = Commitment(chain.hotkey, 0, ModelId(namespace, name, "0" * 40), checkpoint.digest("", ""), competition.name)
     largest.encode()  # too long a name is said before anything is uploaded
     await asyncio.to_thread(hub.create, repo)
     revision = await asyncio.to_thread(hub.upload, repo, folder, message=f"model for {competition.name}")
@@ -124,9 +120,7 @@ async def submit(
         await chain.commit(data)
         standing = {c.hotkey: c for c in await chain.commitments()}.get(chain.hotkey)
     if standing is None or standing.data != data:
-        raise Rejected(
-            Reason.MALFORMED_COMMITMENT, standing.data if standing else "nothing", data, "read back from the chain"
-        )
+        raise Rejected(Reason.MALFORMED_COMMITMENT, standing.data if standing else "nothing", data, "read back from the chain")
     commitment = Commitment.parse(chain.hotkey, standing.block, standing.data)
     tell("committed", f"{model} for {competition.name}", hotkey=chain.hotkey, block=commitment.block)
     return commitment

@@ -271,8 +271,7 @@ def test_two_processes_commit_at_once(tmp_path: Path) -> None:
     wallets = {name: net.wallet(name) for name in ("ann", "ben")}
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
     miners = {
-        name: subprocess.Popen([sys.executable, "-c", MINER, tmp_path, name], env=env, stdout=subprocess.PIPE)
-        for name in wallets
+        name: subprocess.Popen([sys.executable, "-c", MINER, tmp_path, name], env=env, stdout=subprocess.PIPE) for name in wallets
     }
     blocks = {name: [int(b) for b in miner.communicate()[0].split()] for name, miner in miners.items()}
     assert [miner.returncode for miner in miners.values()] == [0, 0]
@@ -354,9 +353,7 @@ def test_a_silent_or_absent_node_is_unavailable() -> None:
         (ConnectionResetError("reset"), "reset", None),
     ],
 )
-def test_failures_of_the_node_are_unavailable(
-    tmp_path: Path, error: Exception, why: str, retry_s: float | None
-) -> None:
+def test_failures_of_the_node_are_unavailable(tmp_path: Path, error: Exception, why: str, retry_s: float | None) -> None:
     class Failing(LedgerSubstrate):
         async def query(self, *args: Any, **options: Any) -> Any:
             raise error

@@ -176,9 +176,7 @@ def test_each_way_of_being_gone_has_its_reason(server: LoopbackHub, alice: Hub, 
     assert reason(lambda: Hub(server.endpoint, server.add_user("bob")).create("alice/x")) is Reason.SETTING
 
 
-def test_model_with_more_files_than_a_page_is_refused_and_a_data_set_is_not(
-    alice: Hub, anyone: Hub, tmp_path: Path
-) -> None:
+def test_model_with_more_files_than_a_page_is_refused_and_a_data_set_is_not(alice: Hub, anyone: Hub, tmp_path: Path) -> None:
     many = tmp_path / "many"
     many.mkdir()
     for number in range(1001):

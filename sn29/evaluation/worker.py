@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def _confine(memory_bytes: int, device: str) -> None:
-    """Dies with its parent; no core files, bounded memory, no network: an empty namespace where the machine allows one, no sockets."""
+    """Dies with its parent; no core files, bounded memory, no sockets, an empty network namespace if the machine allows one."""
     libc = ctypes.CDLL(None, use_errno=True)
     die_with_parent = 1  # PR_SET_PDEATHSIG: a validator that is killed leaves no child behind
     libc.prctl(die_with_parent, signal.SIGKILL)

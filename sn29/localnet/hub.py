@@ -80,9 +80,7 @@ class LoopbackHub:
     One process at a time serves a folder.
     """
 
-    def __init__(
-        self, folder: Path, port: int = 0, host: str = "127.0.0.1", clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, folder: Path, port: int = 0, host: str = "127.0.0.1", clock: Callable[[], float] = time.time) -> None:
         """Port 0 takes a free one. `clock` gives commits their time, in seconds since 1970, so that shas can repeat.
 
         Raises OSError when the port is taken, and has touched nothing then.
@@ -156,9 +154,7 @@ class LoopbackHub:
             raise Refusal(400, message="a repository is named NAMESPACE/NAME")
         return self._folder / "repos" / kind / namespace / f"{name}.git"
 
-    def _repo(
-        self, request: Request, part: Mapping[str, str], *, write: bool = False, content: bool = False
-    ) -> HubRepository:
+    def _repo(self, request: Request, part: Mapping[str, str], *, write: bool = False, content: bool = False) -> HubRepository:
         """The repository that the path names, if the caller may read it, write it, or read its files' content."""
         kind, user = part["kind"].strip("/") or "models", self._user(request)
         git = GitRepository(self._repo_folder(kind, part["namespace"], part["name"]))

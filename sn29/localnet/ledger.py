@@ -82,16 +82,13 @@ class _Rows:
     def items(self, item: str, *prefix: Key) -> list[tuple[tuple[Key, ...], Any]]:
         start = _encode(prefix)[:-1] + ("," if prefix else "")
         rows = self._db.execute(
-            "SELECT key, value, max(block) FROM storage"
-            " WHERE item = ? AND key >= ? AND key < ? AND block <= ? GROUP BY key",
+            "SELECT key, value, max(block) FROM storage WHERE item = ? AND key >= ? AND key < ? AND block <= ? GROUP BY key",
             (item, start, start + "\U0010ffff", self.block),
         )
         return [(tuple(json.loads(key)), json.loads(value)) for key, value, _ in rows if value != "null"]
 
     def put(self, item: str, key: tuple[Key, ...], value: Any) -> None:
-        self._db.execute(
-            "INSERT OR REPLACE INTO storage VALUES (?, ?, ?, ?)", (item, _encode(key), self.block, _encode(value))
-        )
+        self._db.execute("INSERT OR REPLACE INTO storage VALUES (?, ?, ?, ?)", (item, _encode(key), self.block, _encode(value)))
 
 
 class Ledger:
@@ -388,9 +385,7 @@ class LedgerSubstrate:
         rests = [(key[len(prefix) :], value) for key, value in found]
         return [(rest[0] if len(rest) == 1 else rest, value) for rest, value in rests]
 
-    async def map_has_entries(
-        self, module: str, storage_function: str, params: list[Key], block_hash: str | None = None
-    ) -> bool:
+    async def map_has_entries(self, module: str, storage_function: str, params: list[Key], block_hash: str | None = None) -> bool:
         return bool(await self.query_map(module, storage_function, params, block_hash))
 
     async def runtime_call(self, api: str, method: str, params: list[Any], block_hash: str | None = None) -> Any:

@@ -197,9 +197,7 @@ def parse_config(data: bytes) -> ModelConfig:
     Raises Rejected(FAMILY) for a class we do not know, Rejected(BAD_CONFIG) naming the key otherwise.
     """
     if len(data) > MAX_CONFIG_BYTES:
-        raise Rejected(
-            Reason.BAD_CONFIG, f"more than {MAX_CONFIG_BYTES} bytes", f"{MAX_CONFIG_BYTES} bytes", "config.json"
-        )
+        raise Rejected(Reason.BAD_CONFIG, f"more than {MAX_CONFIG_BYTES} bytes", f"{MAX_CONFIG_BYTES} bytes", "config.json")
     raw = strict_json(data, Reason.BAD_CONFIG, "config.json")
     family = _family(raw)
     values: dict[str, Any] = {}
@@ -257,9 +255,7 @@ def _rope(value: Any, family: str) -> dict[str, Any]:
     allowed = {"rope_type", "rope_theta"} | ({"partial_rotary_factor"} if family != "LlamaForCausalLM" else set())
     kind = value.get("rope_type", "default")
     if kind != "default" or not set(value) <= allowed:
-        raise Rejected(
-            Reason.BAD_CONFIG, str(value)[:80], f"rope_type default with {', '.join(sorted(allowed))}", where
-        )
+        raise Rejected(Reason.BAD_CONFIG, str(value)[:80], f"rope_type default with {', '.join(sorted(allowed))}", where)
     return {key: (kind if key == "rope_type" else _checked(key, value[key])) for key in sorted({*value, "rope_type"})}
 
 
@@ -271,9 +267,7 @@ def _start_token(raw: Mapping[str, Any], vocab_size: int) -> int:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
-            raise Rejected(
-                Reason.BAD_CONFIG, str(value)[:60], f"an id from 0 to {vocab_size - 1}", f"config.json: {key}"
-            )
+            raise Rejected(Reason.BAD_CONFIG, str(value)[:60], f"an id from 0 to {vocab_size - 1}", f"config.json: {key}")
         return value
     return 0
 
@@ -387,14 +381,8 @@ def _header(read: Read, file: RepoFile) -> dict[str, tuple[int, ...]]:
 
 def _tensor(name: str, entry: Any, where: str) -> tuple[tuple[int, ...], tuple[int, int]]:
     """(shape, byte span) of one header entry."""
-    bad = Rejected(
-        Reason.TENSORS, f"{name[:80]}: {str(entry)[:80]}", "F32, F16 or BF16 with a shape and its bytes", where
-    )
-    if (
-        not isinstance(entry, dict)
-        or set(entry) != {"dtype", "shape", "data_offsets"}
-        or entry["dtype"] not in _BYTES_OF
-    ):
+    bad = Rejected(Reason.TENSORS, f"{name[:80]}: {str(entry)[:80]}", "F32, F16 or BF16 with a shape and its bytes", where)
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"} or entry["dtype"] not in _BYTES_OF:
         raise bad
     shape, span = entry["shape"], entry["data_offsets"]
     for numbers in (shape, span):
@@ -488,15 +476,11 @@ def load(folder: Path, *, dtype: torch.dtype, device: str = "cpu") -> PreTrained
 def _names(folder: Path) -> tuple[RepoFile, ...]:
     """The folder's files by name and size, contents unread."""
     return tuple(
-        RepoFile(p.relative_to(folder).as_posix(), p.stat().st_size, "")
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
+        RepoFile(p.relative_to(folder).as_posix(), p.stat().st_size, "") for p in sorted(folder.rglob("*")) if p.is_file()
     )
 
 
 def _tensors(folder: Path, weights: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return {
-        name: tensor.to(dtype) for file in weights for name, tensor in load_file(folder / file, device="cpu").items()
-    }
+    return {name: tensor.to(dtype) for file in weights for name, tensor in load_file(folder / file, device="cpu").items()}

@@ -74,9 +74,7 @@ HubId = Annotated[str, _matching(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", "a Hu
 Revision = Annotated[str, _matching("[0-9a-f]{40}", "a commit sha of 40 hex digits in lower case, in quotes")]
 Fingerprint = Annotated[str, _matching("[0-9a-f]{64}", "a sha256 of 64 hex digits in lower case, in quotes")]
 Hotkey = Annotated[str, _matching("[1-9A-HJ-NP-Za-km-z]{47,48}", "a hotkey: an ss58 address")]
-Glob = Annotated[
-    str, _matching(r"(?!/)(?!.*\.\.)[^\\\s]+", "a file pattern inside the data set, such as data/*.parquet")
-]
+Glob = Annotated[str, _matching(r"(?!/)(?!.*\.\.)[^\\\s]+", "a file pattern inside the data set, such as data/*.parquet")]
 Words = Annotated[str, Field(min_length=1)]
 
 
@@ -274,9 +272,7 @@ def violations(competition: Competition, facts: ModelFacts, largest_id: int | No
         got, limit = f"{facts.num_parameters:,}", f"at most {limits.parameters:,}"
         found.append((Reason.PARAMETERS, got, limit, "limits.parameters"))
     if facts.num_bytes > limits.bytes:
-        found.append(
-            (Reason.TOO_LARGE, f"{facts.num_bytes:,} bytes", f"at most {limits.bytes:,} bytes", "limits.bytes")
-        )
+        found.append((Reason.TOO_LARGE, f"{facts.num_bytes:,} bytes", f"at most {limits.bytes:,} bytes", "limits.bytes"))
     if isinstance(tokenizer, FreeTokenizer) and not facts.has_tokenizer:
         found.append((Reason.TOKENIZER, "no tokenizer.json", "a tokenizer in the repository", "tokenizer.free"))
     needed = max((i for i in (largest_id, tokenizer.start_token) if i is not None), default=-1)

@@ -172,9 +172,7 @@ def win_matrix(
     )
 
 
-def _in_claim_order(
-    losses: Mapping[str, Sequence[float]], commit_blocks: Mapping[str, int]
-) -> tuple[tuple[str, ...], Losses]:
+def _in_claim_order(losses: Mapping[str, Sequence[float]], commit_blocks: Mapping[str, int]) -> tuple[tuple[str, ...], Losses]:
     hotkeys = tuple(sorted(losses, key=lambda hotkey: (commit_blocks[hotkey], hotkey)))
     lengths = {hotkey: len(losses[hotkey]) for hotkey in hotkeys}
     if len(set(lengths.values())) > 1:

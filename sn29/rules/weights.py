@@ -58,9 +58,7 @@ def hall_of_fame_shares(hall_of_fame: HallOfFame, block: int, registered: Collec
     return dict(sorted(shares.items()))
 
 
-def _earned(
-    shares: Mapping[str, float], scores: Mapping[str, Sequence[Score]], registered: Collection[str]
-) -> dict[str, float]:
+def _earned(shares: Mapping[str, float], scores: Mapping[str, Sequence[Score]], registered: Collection[str]) -> dict[str, float]:
     earned: dict[str, float] = {}
     for name in sorted(scores):
         for s in sorted(scores[name], key=lambda s: s.hotkey):

@@ -156,9 +156,7 @@ def test_a_row_is_upscaled_so_that_its_largest_weight_is_65535(tmp_path: Path) -
     ],
 )
 def test_weights_must_pass_the_chain_s_checks(tmp_path: Path, sender: Keypair, call: Call, error: str | None) -> None:
-    ledger = still_chain(
-        tmp_path / "chain", weights_rate_limit=0, version_key=5, min_weights=2, max_weight=int(0.85 * 65535)
-    )
+    ledger = still_chain(tmp_path / "chain", weights_rate_limit=0, version_key=5, min_weights=2, max_weight=int(0.85 * 65535))
     for key in (ALICE, BOB, CAROL):
         ledger.register(key.ss58_address, CAROL.ss58_address, permit=key is ALICE)
     assert send(ledger, sender, call) == error

@@ -68,9 +68,7 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def test_client_uploads_and_reads_back_what_it_uploaded(
-    hub: LoopbackHub, alice: HfApi, folder: Path, tmp_path: Path
-) -> None:
+def test_client_uploads_and_reads_back_what_it_uploaded(hub: LoopbackHub, alice: HfApi, folder: Path, tmp_path: Path) -> None:
     assert alice.whoami()["name"] == "alice"
     alice.create_repo("alice/model")
     alice.create_repo("alice/model", exist_ok=True)
@@ -103,9 +101,7 @@ def test_client_uploads_and_reads_back_what_it_uploaded(
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
-def test_git_finds_nothing_wrong_and_gives_the_same_names(
-    hub: LoopbackHub, alice: HfApi, folder: Path, tmp_path: Path
-) -> None:
+def test_git_finds_nothing_wrong_and_gives_the_same_names(hub: LoopbackHub, alice: HfApi, folder: Path, tmp_path: Path) -> None:
     alice.create_repo("alice/model")
     sha = alice.upload_folder(repo_id="alice/model", folder_path=folder).oid
     (folder / "a.txt").unlink()
@@ -126,7 +122,10 @@ def test_git_finds_nothing_wrong_and_gives_the_same_names(
 
 def test_sizes_of_files_that_compress_well_and_badly(alice: HfApi) -> None:
     """Sizes come from the first bytes of a git object: their code tables can be longer than the header."""
-    texts = {"plain.json": b"a" * 300_000, "varied.json": "".join(f'"{i * 7919 % 100_003}": {i},' for i in range(40_000)).encode()}
+    texts = {
+        "plain.json": b"a" * 300_000,
+        "varied.json": "".join(f'"{i * 7919 % 100_003}": {i},' for i in range(40_000)).encode(),
+    }
     alice.create_repo("alice/texts")
     for name, data in texts.items():
         alice.upload_file(path_or_fileobj=data, path_in_repo=name, repo_id="alice/texts")
@@ -134,9 +133,7 @@ def test_sizes_of_files_that_compress_well_and_badly(alice: HfApi) -> None:
     assert {name: listed[name] for name in texts} == {name: len(data) for name, data in texts.items()}
 
 
-def test_private_repository_looks_as_if_it_were_not_there(
-    hub: LoopbackHub, alice: HfApi, folder: Path, tmp_path: Path
-) -> None:
+def test_private_repository_looks_as_if_it_were_not_there(hub: LoopbackHub, alice: HfApi, folder: Path, tmp_path: Path) -> None:
     alice.create_repo("alice/model", private=True)
     alice.upload_folder(repo_id="alice/model", folder_path=folder)
     anyone = HfApi(endpoint=hub.endpoint, token=False)
@@ -219,9 +216,7 @@ def test_one_commit_adds_replaces_and_deletes(alice: HfApi) -> None:
     assert [commit.title for commit in log] == ["second", "first", "initial commit"]
     assert (second.message, second.authors) == ("with a body", ["alice"])
     with pytest.raises(BadRequestError):
-        alice.create_commit(
-            "alice/data", [CommitOperationAdd("new.txt/x", b"")], commit_message="third", repo_type="dataset"
-        )
+        alice.create_commit("alice/data", [CommitOperationAdd("new.txt/x", b"")], commit_message="third", repo_type="dataset")
 
 
 def test_rewritten_history_forgets_its_revisions(alice: HfApi) -> None:
@@ -245,9 +240,7 @@ def test_ranges(hub: LoopbackHub, alice: HfApi, name: str, asked: str, status: i
     assert _get(f"{hub.endpoint}/alice/model/resolve/main/{name}", Range=asked) == (status, got)
 
 
-def test_large_files_come_from_another_origin_by_a_signed_address(
-    hub: LoopbackHub, alice: HfApi, tmp_path: Path
-) -> None:
+def test_large_files_come_from_another_origin_by_a_signed_address(hub: LoopbackHub, alice: HfApi, tmp_path: Path) -> None:
     alice.create_repo("alice/model", private=True)
     alice.upload_file(path_or_fileobj=b"0123456789", path_in_repo="x.safetensors", repo_id="alice/model")
     alice.hf_hub_download("alice/model", "x.safetensors", local_dir=tmp_path)
@@ -273,9 +266,7 @@ def test_killed_hub_starts_again_with_everything(tmp_path: Path, folder: Path) -
         "print(hub.endpoint, hub.add_user('alice'), flush=True); time.sleep(600)"
     )
     place, environment = tmp_path / "hub", {**os.environ, "PYTHONPATH": str(ROOT)}
-    child = subprocess.Popen(
-        [sys.executable, "-c", program, str(place)], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    child = subprocess.Popen([sys.executable, "-c", program, str(place)], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert child.stdout is not None
         endpoint, token = child.stdout.readline().split()

@@ -182,9 +182,7 @@ def test_identity_ignores_the_readme_and_binds_the_hotkey():
     assert checkpoint.content_id([readme, config, weights]) == one
     assert checkpoint.content_id([weights, RepoFile("config.json", 5, "git:" + "d" * 40)]) != one
     assert checkpoint.content_id([RepoFile("other.safetensors", 10, weights.oid), config]) != one
-    assert checkpoint.weights_id([weights, config]) == checkpoint.weights_id(
-        [RepoFile("other.safetensors", 10, weights.oid)]
-    )
+    assert checkpoint.weights_id([weights, config]) == checkpoint.weights_id([RepoFile("other.safetensors", 10, weights.oid)])
     assert checkpoint.digest(one, "5Alice") != checkpoint.digest(one, "5Bob")
     assert len(checkpoint.digest(one, "5Alice")) == 44
     with pytest.raises(Rejected):

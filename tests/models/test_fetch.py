@@ -108,9 +108,7 @@ def test_fetch_killed_midway_fetches_only_the_rest(
     assert sum(counted) == SIZE - kept, "the small files before it had come whole"
 
 
-def test_wrong_bytes_are_fetched_again_once_and_then_refused(
-    server: LoopbackHub, listing: RepoListing, tmp_path: Path
-) -> None:
+def test_wrong_bytes_are_fetched_again_once_and_then_refused(server: LoopbackHub, listing: RepoListing, tmp_path: Path) -> None:
     body = _large_file(tmp_path / "hub")
     with body.open("r+b") as file:
         file.seek(3_000_000)

@@ -125,9 +125,7 @@ def test_a_folder_or_a_missing_pin_is_named():
     assert parse_competition("c", VALID).unpinned == ()
     loose = VALID.replace(f'"{"a" * 40}"', "null").replace(f'"{"f" * 64}"', "null")
     assert parse_competition("c", loose).unpinned == ("tokenizer.fingerprint", "dataset.revision")
-    local = VALID.replace("hub: HuggingFaceFW/fineweb-edu-score-2", "folder: text").replace(
-        f'  revision: "{"a" * 40}"\n', ""
-    )
+    local = VALID.replace("hub: HuggingFaceFW/fineweb-edu-score-2", "folder: text").replace(f'  revision: "{"a" * 40}"\n', "")
     competition = parse_competition("c", local)
     assert isinstance(competition.dataset, FolderDataset)
     assert competition.unpinned == ("dataset.folder",)

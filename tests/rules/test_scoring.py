@@ -234,9 +234,7 @@ def test_every_order_is_equally_likely():
 def random_losses(models: int, samples: int, seed: int) -> np.ndarray:
     """Losses around 1000 nats that differ between models by less and by more than the advantage; some unusable."""
     base = np.array(shuffled(samples, b"base%d" % seed), dtype=float) + 500
-    rows = [
-        base * (1 + (np.array(shuffled(samples, b"%d/%d" % (seed, m))) / samples - 0.5) / 50) for m in range(models)
-    ]
+    rows = [base * (1 + (np.array(shuffled(samples, b"%d/%d" % (seed, m))) / samples - 0.5) / 50) for m in range(models)]
     rows = np.array(rows)
     for m in range(models):
         odd = shuffled(samples, b"odd%d/%d" % (seed, m))
@@ -279,9 +277,7 @@ def test_the_order_of_the_miners_changes_nothing(group):
     first = score(competition(group), losses, blocks, 1000, b"seed")
     for turn in range(1, 6):
         hotkeys = [f"h{(row + turn) % 6}" for row in range(6)]
-        again = score(
-            competition(group), {h: losses[h] for h in hotkeys}, dict(reversed(blocks.items())), 1000, b"seed"
-        )
+        again = score(competition(group), {h: losses[h] for h in hotkeys}, dict(reversed(blocks.items())), 1000, b"seed")
         assert again == first
     assert sum(s.win_rate for s in first) == pytest.approx(1)
     assert sum(s.weight for s in first) == pytest.approx(1)

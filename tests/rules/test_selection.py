@@ -186,9 +186,7 @@ def test_few_candidates_are_all_chosen_oldest_first():
 
 
 def test_the_best_stay_then_come_the_new_ones_then_those_not_seen_for_longest():
-    given = [
-        commitment(h, block) for block, h in enumerate(["best", "second", "third", "seen", "unseen", "new2", "new3"])
-    ]
+    given = [commitment(h, block) for block, h in enumerate(["best", "second", "third", "seen", "unseen", "new2", "new3"])]
     weights = {"best": 0.6, "second": 0.3, "third": 0.1}
     evaluated = {str(commitment(h, 0).model): 7 for h in ("best", "second", "third", "seen")}
     evaluated[str(commitment("third", 0).model)] = 9

@@ -41,9 +41,7 @@ def result(**weights: float) -> list[Score]:
 def after(scores, last=None, hall=None, shares=None, block=1000, **rest) -> dict[str, float]:
     everybody = [hotkey(name) for name in "abcdefghi"] + [hotkey(f"h{n}") for n in range(10)]
     shares = shares or SHARES
-    return dict(
-        combine(shares, scores, hall or fame(), last, block, rest.pop("registered", everybody), **rest).by_hotkey
-    )
+    return dict(combine(shares, scores, hall or fame(), last, block, rest.pop("registered", everybody), **rest).by_hotkey)
 
 
 # ---- against the reference -------------------------------------------------------------------------------------------
@@ -59,9 +57,7 @@ def fame_of(given: dict) -> dict[str, float]:
 def test_the_hall_of_fame_pays_what_the_reference_pays(case):
     given, theirs = case["input"], case["expected"]
     ours = fame_of(given)
-    assert ours == pytest.approx(
-        {hotkey(given["hotkeys"][int(uid)]): w for uid, w in theirs["reward_weights"].items()}, rel=1e-6
-    )
+    assert ours == pytest.approx({hotkey(given["hotkeys"][int(uid)]): w for uid, w in theirs["reward_weights"].items()}, rel=1e-6)
     assert math.fsum(ours.values()) == pytest.approx(theirs["reward_sum"], rel=1e-6)
 
 

@@ -107,6 +107,8 @@ def train(settings: MinerSettings, competition: Competition, hub: Hub, fixed: Fi
         clip=1.0,
         seed=settings.seed,
         checkpoint_every=100,
+        count_documents=2000 if settings.min_count else 0,
+        min_count=max(1, settings.min_count),
     )
 
     def report(progress: Progress) -> None:

@@ -148,6 +148,9 @@ class MinerSettings(NeuronSettings):
     batch_tokens: int = _flag(256, "tokens of a step", "batch-tokens")
     max_tokens: int = _flag(128, "a document is cut to this many tokens", "max-tokens")
     learning_rate: float = _flag(6e-3, "highest learning rate", "learning-rate")
+    min_count: int = _flag(
+        8, "tokens rarer than this in the first 2,000 documents share one row of the embedding; 0 = none do", "min-count"
+    )
     seed: int = _flag(0, "seed of the initial weights and of the order of the text", "seed")
     threads: int = _flag(max(1, (os.cpu_count() or 2) // 2), "CPU threads of the training", "threads")
     force: bool = _flag(False, "publish although the checks refuse the model", "force")

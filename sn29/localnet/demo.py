@@ -449,6 +449,10 @@ def show_table(console: Console, ended: Ended) -> None:
         said = _outcome_line(row["outcome"], ended.names)
         table.add_row(miner.name, miner.competition, said, *figures, f"{row['weight']:.4f}")
     console.print(table)
+    for name, curve in ended.curves.items():
+        if len(curve) > 20:
+            start, end = learnt(curve)
+            console.print(f"  {name} trained from {start:.2f} to {end:.2f} nats a token in {len(curve)} steps")
     for name, bits in ended.unigram.items():
         console.print(f"  {name}: a unigram model of the training text needs {bits:.3f} bits a byte on the same samples")
 
@@ -476,8 +480,18 @@ def check_outcomes(ended: Ended) -> None:
             raise RuntimeError(f"{miner.name}: refused, but weight {row['weight']}")
 
 
+def learnt(curve: list[dict[str, float]]) -> tuple[float, float]:
+    """Training loss in nats per token: of the first step, and the mean of the last 20."""
+    last = [row["loss"] for row in curve[-20:]]
+    return curve[0]["loss"], sum(last) / len(last)
+
+
 def check_training(ended: Ended) -> None:
-    """That training has taught something: below a unigram model, and below half of the way from the own start."""
+    """That training has taught something: a quarter below the model's own start, and below a unigram model."""
+    for name in ("alice", "bob", "carol", "dave"):
+        start, end = learnt(ended.curves[name])
+        if not end < 0.75 * start:
+            raise RuntimeError(f"{name}: trained from {start:.2f} to only {end:.2f} nats a token")
     found, hotkey_of = rows(ended), {name: hotkey for hotkey, name in ended.names.items()}
     for miner in ended.crew:
         row, limit = found[hotkey_of[miner.name]], ended.unigram[miner.competition]

@@ -168,9 +168,8 @@ def _say_checked(checked: Any, competition: str, *, as_json: bool) -> None:
         return
     if checked.facts:
         f = checked.facts
-        print(
-            f"{f.family}, {f.num_parameters:,} parameters, {f.num_bytes:,} bytes, vocabulary {f.vocab_size:,}, content {f.content_id}"
-        )
+        print(f"{f.family}, {f.num_parameters:,} parameters, vocabulary {f.vocab_size:,}, {f.num_bytes:,} bytes")
+        print(f"content {f.content_id}")
     for refusal in checked.refusals:
         print(f"refused for {competition}: {refusal}\n  what to do: {refusal.reason.advice}")
     if not checked.refusals:

@@ -276,7 +276,8 @@ async def _inspect(ports: Ports, rules: Rules, competition: Competition, commitm
     if known is not None:
         tell("remembered", "refused before: not looked at again", hotkey=hotkey, reason=known.reason)
         return known
-    largest_id = ports.tokenizer(competition.tokenizer)[1] if isinstance(competition.tokenizer, FixedTokenizer) else None
+    fixed = competition.tokenizer if isinstance(competition.tokenizer, FixedTokenizer) else None
+    largest_id = (await asyncio.to_thread(ports.tokenizer, fixed))[1] if fixed else None  # the first call fetches it
     try:
         listing = await asyncio.to_thread(ports.hub.listing, commitment.model)
         content = checkpoint.content_id(listing.files)

@@ -24,8 +24,8 @@ from sn29.settings import NeuronSettings
 if TYPE_CHECKING:
     from sn29.chain import Chain
     from sn29.corpus import DataFiles
+    from sn29.examination import Rules
     from sn29.hub import Hub
-    from sn29.round import Rules
 
 HALL_OF_FAME = "hall_of_fame.yaml"
 PRIVATE_NETWORKS = ("localnet", "local")
@@ -57,29 +57,43 @@ def _substrate(settings: NeuronSettings) -> Any:
 
 def read_texts(folder: Path) -> dict[str, str]:
     """File name -> text of every competition file in a folder, and of the hall of fame. Raises Rejected(COMPETITION_FILE)."""
-    texts = {p.name: p.read_text(encoding="utf-8") for p in sorted(folder.glob("*.yaml"))} if folder.is_dir() else {}
+    texts = {}
+    for path in sorted(folder.glob("*.y*ml")) if folder.is_dir() else ():
+        if path.suffix != ".yaml":
+            raise Rejected(Reason.COMPETITION_FILE, path.name, f"{path.stem}.yaml", str(folder))
+        try:
+            texts[path.name] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise Rejected(Reason.COMPETITION_FILE, error, "a text file in UTF-8", path.name) from None
     if not texts:
         raise Rejected(Reason.COMPETITION_FILE, "no *.yaml", "at least one competition", str(folder))
     return texts
 
 
 def read_competitions(folder: Path) -> tuple[dict[str, Competition], HallOfFame, dict[str, str]]:
-    """(competitions by name, hall of fame, sha256 hex of each competition's file). Raises Rejected(COMPETITION_FILE)."""
+    """(competitions by name, hall of fame, sha256 hex of each file by its stem). Raises Rejected(COMPETITION_FILE)."""
     texts = read_texts(folder)
-    hall = parse_hall_of_fame(texts.pop(HALL_OF_FAME)) if HALL_OF_FAME in texts else None
+    hall_text = texts.pop(HALL_OF_FAME, "")
+    hall = parse_hall_of_fame(hall_text) if hall_text else None
     competitions = {name.removesuffix(".yaml"): parse_competition(name.removesuffix(".yaml"), t) for name, t in texts.items()}
     check_together(list(competitions.values()))
     hashes = {name.removesuffix(".yaml"): hashlib.sha256(t.encode()).hexdigest() for name, t in texts.items()}
+    hashes["hall_of_fame"] = hashlib.sha256(hall_text.encode()).hexdigest()
     nobody = HallOfFame(max_fraction=0.0, decay_per_epoch=0.995, blocks_per_epoch=361, entries=())
     return competitions, hall or nobody, hashes
 
 
+def rules_of(folder: Path) -> Rules:
+    """The rules that a folder's files state. Raises Rejected(COMPETITION_FILE)."""
+    from sn29.examination import Rules
+
+    return Rules(*read_competitions(folder))
+
+
 def read_rules(settings: NeuronSettings) -> Rules:
     """The rules in force. On a public network every file must pin what it names: validators must judge on the same content."""
-    from sn29.round import Rules
-
-    competitions, hall, hashes = read_competitions(settings.competitions_dir)
-    for name, competition in competitions.items():
+    rules = rules_of(settings.competitions_dir)
+    for name, competition in rules.competitions.items():
         if settings.network not in PRIVATE_NETWORKS and competition.unpinned:
             what = ", ".join(competition.unpinned)
             raise Rejected(
@@ -88,7 +102,7 @@ def read_rules(settings: NeuronSettings) -> Rules:
                 f"a pin for network {settings.network}",
                 f"{name}.yaml",
             )
-    return Rules(competitions, hall, hashes)
+    return rules
 
 
 def dataset_of(hub: Hub, folder: Path) -> Callable[[Competition], DataFiles]:

@@ -53,16 +53,17 @@ async def run(settings: MinerSettings) -> None:
     hub = Hub(settings.hub_endpoint, token=settings.hub_token or None)
     prescribed = competition.tokenizer if isinstance(competition.tokenizer, FixedTokenizer) else None
     fixed = FixedText(*Tokenizers(hub, settings.work_dir / "tokenizers")(prescribed)) if prescribed else None
-    async with open_chain(settings) as chain:
-        telemetry.tell("started", f"miner {chain.hotkey} for {competition.name}", hotkey=chain.hotkey)
-        folder = settings.model or train(settings, competition, hub, fixed)
-        checked = await check(folder, competition, fixed, threads=settings.threads, deadline_s=900)
-        for refusal in checked.refusals:
-            telemetry.warn("check", str(refusal), hotkey=chain.hotkey, reason=refusal.reason.code)
-        if checked.refusals and not settings.force:
-            raise checked.refusals[0]
-        if not checked.refusals:
-            telemetry.tell("check", "a validator would evaluate this model", hotkey=chain.hotkey)
+    chain = open_chain(settings)  # a missing key is said now, not after the training; connected when it is needed
+    telemetry.tell("started", f"miner {chain.hotkey} for {competition.name}", hotkey=chain.hotkey)
+    folder = settings.model or train(settings, competition, hub, fixed)
+    checked = await check(folder, competition, fixed, threads=settings.threads, deadline_s=900)
+    for refusal in checked.refusals:
+        telemetry.warn("check", str(refusal), hotkey=chain.hotkey, reason=refusal.reason.code)
+    if checked.refusals and not settings.force:
+        raise checked.refusals[0]
+    if not checked.refusals:
+        telemetry.tell("check", "a validator would evaluate this model", hotkey=chain.hotkey)
+    async with chain:
         await submit(chain, hub, folder, settings.repo, competition, fixed, force=settings.force)
 
 

@@ -7,11 +7,14 @@ that they share is in the store. Ctrl-C and SIGTERM end both; what was measured 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import signal
 import sys
+from pathlib import Path
+from typing import TextIO
 
 from sn29 import telemetry
-from sn29.errors import Rejected, Sn29Error, Unavailable
+from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
 from sn29.settings import ValidatorSettings, read
 
 
@@ -30,13 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
 async def run(settings: ValidatorSettings) -> None:
     """Both loops until one ends or a signal comes."""
     from neurons.adapters import Tokenizers, dataset_of, open_chain, read_rules
+    from sn29.evaluation.worker import self_test
+    from sn29.examination import Machine, Ports
     from sn29.hub import Hub
-    from sn29.round import Machine, Ports
     from sn29.store import Store
 
     rules = read_rules(settings)
     hub = Hub(settings.hub_endpoint)
     store = Store(settings.state_dir / "store.db")
+    lock = alone(settings.state_dir)
     machine = Machine(
         models_dir=settings.state_dir / "models",
         device=settings.device,
@@ -45,6 +50,7 @@ async def run(settings: ValidatorSettings) -> None:
         evaluation_deadline_s=settings.evaluation_deadline_s,
         download_deadline_s=settings.download_deadline_s,
     )
+    await self_test(device=settings.device, dtype=settings.dtype, threads=settings.threads)
     async with open_chain(settings) as chain:
         store.belong_to(f"{await chain.block_hash(0)} netuid {settings.netuid}")
         telemetry.tell("started", f"validator {chain.hotkey} on {settings.network}", competitions=", ".join(rules.competitions))
@@ -56,6 +62,7 @@ async def run(settings: ValidatorSettings) -> None:
         _on_signals(rounds, publisher)
         await _until_over(rounds, publisher)
     store.close()
+    lock.close()
     telemetry.tell("stopped", "nothing is lost: start again to go on")
 
 
@@ -81,7 +88,7 @@ async def _rounds(settings: ValidatorSettings, ports, rules, done: asyncio.Event
 
 async def _publisher(settings: ValidatorSettings, ports, rounds_done: asyncio.Event) -> None:  # type: ignore[no-untyped-def]
     """Sets weights whenever they are due; ends when the rounds are done and the last weights are on chain."""
-    from sn29.round import publish
+    from sn29.publication import publish
 
     while True:
         last_look = rounds_done.is_set()
@@ -98,11 +105,26 @@ async def _publisher(settings: ValidatorSettings, ports, rounds_done: asyncio.Ev
         await asyncio.sleep(settings.poll_s)
 
 
+def alone(state_dir: Path) -> TextIO:
+    """A lock that ends with the process. Raises Rejected(SETTING) when another validator has it: two would set weights twice."""
+    stream = (state_dir / "lock").open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stream.close()
+        raise Rejected(
+            Reason.SETTING, f"a validator that works in {state_dir}", "a --state.dir of its own", "--state.dir"
+        ) from None
+    return stream
+
+
 def _on_signals(*tasks: asyncio.Task[None]) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    def stop() -> None:
         for task in tasks:
-            loop.add_signal_handler(number, task.cancel)
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
 
 
 async def _until_over(*tasks: asyncio.Task[None]) -> None:

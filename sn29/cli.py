@@ -181,7 +181,7 @@ def _localnet_up(words: list[str]) -> int:
 
     settings = read(LocalnetSettings, words)
     from sn29.localnet import text
-    from sn29.localnet.network import prepare
+    from sn29.localnet.network import TRAINING_FILES, prepare
 
     def say(what: str) -> None:
         print(f"  {what}", flush=True)
@@ -191,10 +191,18 @@ def _localnet_up(words: list[str]) -> int:
         settings.localnet_dir, texts, port=settings.port, block_seconds=settings.block_seconds,
         window_blocks=settings.window_blocks, say=say,
     )  # fmt: skip
+    common = f"--network localnet --localnet.dir {localnet.folder} --hub.endpoint {localnet.endpoint}"
+    common += f" --competitions.dir {localnet.competitions} --wallet.path {settings.wallet_path}"
+    commands = []
     for entry, validator in [(e, False) for e in settings.miners] + [(e, True) for e in settings.validators]:
         wallet, _, hotkey = entry.partition("/")
-        address = localnet.register(wallet, hotkey or "default", settings.wallet_path, validator=validator)
-        print(f"  registered {entry}: {address}, Hub token of {wallet}: {localnet.hub_token(wallet)}")
+        hotkey = hotkey or "default"
+        address = localnet.register(wallet, hotkey, settings.wallet_path, validator=validator)
+        print(f"  registered {entry}: {address}")
+        start = "sn29 validator" if validator else f"HF_TOKEN={localnet.hub_token(wallet)} sn29 miner"
+        keys = f"--wallet.name {wallet} --wallet.hotkey {hotkey}"
+        more = "" if validator else f" --repo {wallet}/model --competition c00 --text '{TRAINING_FILES}'"
+        commands.append(f"{start} {keys}{more} {common}")
     over = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # set here, because a shell starts background jobs deaf to SIGINT
         signal.signal(number, lambda *_: over.set())
@@ -203,13 +211,8 @@ def _localnet_up(words: list[str]) -> int:
             f"up: chain and Hub in {localnet.folder}, Hub at {hub.endpoint}; Ctrl-C stops it, all state stays",
             flush=True,
         )
-        common = f"--network localnet --localnet.dir {localnet.folder} --hub.endpoint {hub.endpoint}"
-        common += f" --competitions.dir {localnet.competitions}"
-        print(f"  sn29 validator --wallet.name W --wallet.hotkey validator {common}", flush=True)
-        print(
-            f"  HF_TOKEN=... sn29 miner --wallet.name W --wallet.hotkey H --repo W/model --competition c00 {common}",
-            flush=True,
-        )
+        for command in commands or ["--miner WALLET/HOTKEY and --validator WALLET/HOTKEY register keys and print their commands"]:
+            print(f"  {command}", flush=True)
         over.wait()
     print("\ndown: all state stays", flush=True)
     return 0

@@ -33,7 +33,7 @@ class Reason(Enum):
     REPOSITORY_CLOSED = ("the repository is private or gated", "make it public without a gate")
     DIGEST = (
         "the files are not the ones that the commitment claims for this hotkey",
-        "commit the digest that `sn29 check` prints for your files",
+        "commit with `sn29 miner`, which computes it for your hotkey",
     )
     FORBIDDEN_FILE = (
         "the repository holds a file that no model needs",
@@ -96,6 +96,13 @@ class Reason(Enum):
         return self.value[1]
 
 
+def shown(value: object, longest: int = 300) -> str:
+    """A value as one printable line: what strangers wrote ends up in logs, records and terminals."""
+    text = str(value)[: longest + 1]
+    text = text if len(text) <= longest else text[: longest - 3] + "..."
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 class Sn29Error(Exception):
     """Root of all failures that are expected in normal operation."""
 
@@ -114,5 +121,5 @@ class Rejected(Sn29Error):
     """A rule is broken, for good. `got` is what was found, `limit` what the rule asks for."""
 
     def __init__(self, reason: Reason, got: object, limit: object, where: str = "") -> None:
-        super().__init__(f"{where + ': ' if where else ''}{reason.sentence} (got {got}, rule {limit})")
-        self.reason, self.got, self.limit, self.where = reason, str(got), str(limit), where
+        self.reason, self.got, self.limit, self.where = reason, shown(got), shown(limit), shown(where)
+        super().__init__(f"{self.where + ': ' if where else ''}{reason.sentence} (got {self.got}, rule {self.limit})")

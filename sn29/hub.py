@@ -116,7 +116,9 @@ class Hub:
                 return RepoListing(repo, tuple(sorted(files)))
         raise Rejected(Reason.FORBIDDEN_FILE, f"more than {len(files)} files", "files that a model needs", where)
 
-    def read(self, repo: ModelId, path: str, *, start: int = 0, length: int, kind: Kind = "model") -> bytes:
+    def read(
+        self, repo: ModelId, path: str, *, start: int = 0, length: int, kind: Kind = "model", as_owner: bool = False
+    ) -> bytes:
         """At most `length` bytes from byte `start` on; fewer at the file's end.
 
         A server that ignores Range is cut off once it has sent start + length bytes. Raises as `stream` does.
@@ -125,7 +127,8 @@ class Hub:
         def whole() -> bytes:
             ends = time.monotonic() + self._timeout_s + (start + length) / _SLOWEST_BYTES_PER_S
             found = bytearray()
-            for data in self._chunks(repo, path, kind, start, start + length, self._timeout_s) if length else ():
+            pieces = self._chunks(repo, path, kind, start, start + length, self._timeout_s, as_owner) if length else ()
+            for data in pieces:
                 found += data
                 if time.monotonic() > ends:
                     raise Unavailable(f"{repo} {path}", f"{len(found)} of {length} bytes came in time")
@@ -142,9 +145,9 @@ class Hub:
         """
         return self._chunks(repo, path, kind, start, None, timeout_s or self._timeout_s)
 
-    def reader(self, repo: ModelId) -> Callable[[str, int, int], bytes]:
+    def reader(self, repo: ModelId, *, as_owner: bool = False) -> Callable[[str, int, int], bytes]:
         """read(path, start, length) of a model's files, for what inspects them. Raises as `stream` does."""
-        return lambda path, start, length: self.read(repo, path, start=start, length=length)
+        return lambda path, start, length: self.read(repo, path, start=start, length=length, as_owner=as_owner)
 
     def open(self, repo: ModelId, path: str, size: int, kind: Kind = "dataset") -> BinaryIO:
         """A seekable file of `size` bytes, each span read by Range when it is asked for: for pyarrow."""
@@ -269,13 +272,16 @@ class Hub:
 
         return self._again(whole)
 
-    def _chunks(self, repo: ModelId, path: str, kind: Kind, start: int, stop: int | None, timeout_s: float) -> Iterator[bytes]:
+    def _chunks(
+        self, repo: ModelId, path: str, kind: Kind, start: int, stop: int | None, timeout_s: float, as_owner: bool = False
+    ) -> Iterator[bytes]:
         """Bytes start..stop of a file, also from a server that ignores Range and sends it all."""
         where = f"{repo} {path}"
         with _our_errors(where):
             url = hf_hub_url(repo.repo, path, repo_type=kind, revision=repo.revision, endpoint=self.endpoint)
         span = {} if not start and stop is None else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
-        with self._response(url, where, timeout_s, False, **span) as response:
+        token = self._token or False if as_owner else False
+        with self._response(url, where, timeout_s, token, **span) as response:
             if response.status_code == 416:
                 return
             at = _first_byte(response, start, where)

@@ -30,9 +30,9 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sn29"
 
 
-def _flag(default: Any, description: str, *names: str) -> Any:
-    """A setting with the flags that name it, the first one shown first."""
-    return Field(default, description=description, validation_alias=AliasChoices(*names))
+def _flag(default: Any, description: str, *names: str, ge: float | None = None) -> Any:
+    """A setting with the flags that name it, the first one shown first, and its least value."""
+    return Field(default, description=description, validation_alias=AliasChoices(*names), ge=ge)
 
 
 class _Environment(PydanticBaseSettingsSource):
@@ -59,7 +59,7 @@ class _Settings(BaseSettings):
     environment: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     log_json: bool = _flag(False, "events as JSON lines", "log.json")
-    log_level: str = _flag("INFO", "least level of events that are shown", "log.level")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _flag("INFO", "least level of events that are shown", "log.level")
     log_file: Path | None = _flag(None, "append events to this file as JSON lines too", "log.file")
 
     @field_validator("*")
@@ -97,7 +97,7 @@ class NeuronSettings(_Settings):
     wallet_name: str = _flag("default", "name of the wallet (coldkey)", "wallet.name", "wallet", "w")
     wallet_hotkey: str = _flag("default", "name of the hotkey", "wallet.hotkey", "wallet-hotkey", "H")
     wallet_path: Path = _flag(Path("~/.bittensor/wallets"), "folder of the wallets", "wallet.path", "wallet-path")
-    netuid: int = _flag(29, "number of the subnet", "netuid")
+    netuid: int = _flag(29, "number of the subnet", "netuid", ge=0)
     network: str = _flag(
         "finney", "finney, test, local (a node on this machine), localnet (embedded), or a ws:// address",
         "subtensor.network", "subtensor.chain_endpoint", "network", "n",
@@ -115,12 +115,12 @@ class ValidatorSettings(NeuronSettings):
     state_dir: Path = _flag(Path("~/.sn29/validator"), "folder of the store and the downloaded models", "state.dir")
     device: str = _flag("cpu", "device of the evaluation, e.g. cuda:0", "device")
     dtype: Literal["float32", "bfloat16"] = _flag("bfloat16", "number format of the evaluated models", "dtype")
-    threads: int = _flag(max(1, (os.cpu_count() or 2) // 2), "CPU threads of one evaluation", "threads")
-    evaluation_deadline_s: float = _flag(900.0, "seconds after which an evaluation is stopped", "evaluation.deadline")
-    download_deadline_s: float = _flag(3600.0, "seconds after which a download is put off", "download.deadline")
-    rounds: int = _flag(0, "stop after this many rounds and one weight set; 0 = never", "rounds")
-    catch_up: int = _flag(2, "missed windows that are still judged after a pause; older ones are skipped", "catch-up")
-    poll_s: float = _flag(12.0, "seconds between looks at the chain", "poll")
+    threads: int = _flag(max(1, (os.cpu_count() or 2) // 2), "CPU threads of one evaluation", "threads", ge=1)
+    evaluation_deadline_s: float = _flag(900.0, "seconds after which an evaluation is stopped", "evaluation.deadline", ge=1)
+    download_deadline_s: float = _flag(3600.0, "seconds after which a download is put off", "download.deadline", ge=1)
+    rounds: int = _flag(0, "stop after this many rounds and one weight set; 0 = never", "rounds", ge=0)
+    catch_up: int = _flag(2, "missed windows that are still judged after a pause; older ones are skipped", "catch-up", ge=1)
+    poll_s: float = _flag(12.0, "seconds between looks at the chain", "poll", ge=0.05)
 
 
 class MinerSettings(NeuronSettings):
@@ -139,20 +139,20 @@ class MinerSettings(NeuronSettings):
     tokenizer: Path | None = _flag(None, "tokenizer.json for a competition with a free one", "tokenizer")
     text: str = _flag("", "glob of the data set's training files; default: the competition's files", "text")
     family: str = _flag("", "class of a new model; default: the competition's first", "family")
-    hidden_size: int = _flag(64, "width of a new model", "hidden-size")
-    intermediate_size: int = _flag(192, "width of its MLP", "intermediate-size")
-    num_layers: int = _flag(1, "its layers", "num-layers")
-    num_heads: int = _flag(4, "its attention heads", "num-heads")
+    hidden_size: int = _flag(64, "width of a new model", "hidden-size", ge=1)
+    intermediate_size: int = _flag(192, "width of its MLP", "intermediate-size", ge=1)
+    num_layers: int = _flag(1, "its layers", "num-layers", ge=1)
+    num_heads: int = _flag(4, "its attention heads", "num-heads", ge=1)
     tied: bool = _flag(True, "one matrix for embedding and head", "tied")
-    steps: int = _flag(1000, "optimizer steps", "steps")
-    batch_tokens: int = _flag(256, "tokens of a step", "batch-tokens")
-    max_tokens: int = _flag(128, "a document is cut to this many tokens", "max-tokens")
+    steps: int = _flag(1000, "optimizer steps", "steps", ge=1)
+    batch_tokens: int = _flag(256, "tokens of a step", "batch-tokens", ge=1)
+    max_tokens: int = _flag(128, "a document is cut to this many tokens", "max-tokens", ge=1)
     learning_rate: float = _flag(6e-3, "highest learning rate", "learning-rate")
     min_count: int = _flag(
-        8, "tokens rarer than this in the first 2,000 documents share one row of the embedding; 0 = none do", "min-count"
+        8, "tokens rarer than this in the first 2,000 documents share one row of the embedding; 0 = none do", "min-count", ge=0
     )
     seed: int = _flag(0, "seed of the initial weights and of the order of the text", "seed")
-    threads: int = _flag(max(1, (os.cpu_count() or 2) // 2), "CPU threads of the training", "threads")
+    threads: int = _flag(max(1, (os.cpu_count() or 2) // 2), "CPU threads of the training", "threads", ge=1)
     force: bool = _flag(False, "publish although the checks refuse the model", "force")
 
 
@@ -164,9 +164,9 @@ class LocalnetSettings(_Settings):
     environment: ClassVar[dict[str, tuple[str, ...]]] = {"localnet_dir": ("SN29_LOCALNET_DIR",)}
 
     localnet_dir: Path = _flag(default_localnet(), "folder of all state", "localnet.dir", "dir")
-    port: int = _flag(0, "port of the Hub; 0 = the one of last time, or a free one", "port")
-    block_seconds: float = _flag(1.0, "seconds a block, for a new localnet", "block-seconds")
-    window_blocks: int = _flag(60, "blocks of a sample window, for a new localnet", "window-blocks")
+    port: int = _flag(0, "port of the Hub; 0 = the one of last time, or a free one", "port", ge=0)
+    block_seconds: float = _flag(1.0, "seconds a block, for a new localnet", "block-seconds", ge=0.01)
+    window_blocks: int = _flag(60, "blocks of a sample window, for a new localnet", "window-blocks", ge=4)
     miners: tuple[str, ...] = _flag((), "wallet/hotkey to make (if new) and register", "miner")
     validators: tuple[str, ...] = _flag((), "the same with stake and a validator permit", "validator")
     wallet_path: Path = _flag(Path("~/.bittensor/wallets"), "folder of the wallets to register", "wallet.path")
@@ -178,8 +178,8 @@ class DemoSettings(_Settings):
     model_config = SettingsConfigDict(cli_prog_name="sn29 demo")
 
     folder: Path | None = _flag(None, "folder of everything the demo makes; default: a new one, kept for you to look at", "dir")
-    block_seconds: float = _flag(1.0, "seconds a block of the chain", "block-seconds")
-    steps: int = _flag(0, "training steps of the first miner of each competition; 0 = as the demo is tuned", "steps")
+    block_seconds: float = _flag(1.0, "seconds a block of the chain", "block-seconds", ge=0.01)
+    steps: int = _flag(0, "training steps of the first miner of each competition; 0 = as the demo is tuned", "steps", ge=0)
     open_page: bool = _flag(False, "open the page in the browser at the end", "open")
 
 

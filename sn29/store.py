@@ -32,8 +32,22 @@ create table loss(
   nats real not null, tokens integer not null, reason text not null,
   primary key (content_id, tokenizer_id, profile, sample)) strict, without rowid;
 create table round(block integer primary key, plan text not null, record text, weights text) strict;
+create table standing(round integer, competition text, model text, hotkey text not null, weight real not null,
+  primary key (round, competition, model)) strict;
 create table publication(block integer primary key, round integer not null, weights text not null) strict;
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One evaluated model in one round."""
+
+    competition: str
+    model: str
+    """Model id."""
+    hotkey: str
+    weight: float
+    """Share of the competition's reward, 0..1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +66,19 @@ class Store:
         """Opens or creates the file. Raises Rejected(SETTING) for a file of another schema."""
         if read_only and not path.exists():
             raise Rejected(Reason.SETTING, f"no store at {path}", "the state folder of a validator that has run")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            address = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+            self._db = sqlite3.connect(address, uri=True, timeout=30, isolation_level=None)
+            if not read_only:
+                self._create()
+        except (OSError, sqlite3.Error) as error:
+            raise Rejected(Reason.SETTING, f"{path}: {error}", "a folder that can be written to") from None
+        schema = self._value("select value from meta where key = 'schema'")
+        if schema != str(SCHEMA):
+            raise Rejected(Reason.SETTING, f"schema {schema} in {path}", f"schema {SCHEMA}")
+
+    def _create(self) -> None:
         self._db.execute("pragma journal_mode=wal")
         self._db.execute("pragma synchronous=full")  # a kept loss survives a power cut too
         with self._transaction() as db:
@@ -61,9 +86,6 @@ class Store:
                 for statement in filter(str.strip, _TABLES.split(";")):
                     db.execute(statement)
                 db.execute("insert into meta values ('schema', ?)", (str(SCHEMA),))
-        schema = self._value("select value from meta where key = 'schema'")
-        if schema != str(SCHEMA):
-            raise Rejected(Reason.SETTING, f"schema {schema} in {path}", f"schema {SCHEMA}")
 
     def close(self) -> None:
         self._db.close()
@@ -122,6 +144,12 @@ class Store:
             db.execute("insert into failure values (?, ?, ?, 1) on conflict do update set count = count + 1", key)
         return int(self._value("select count from failure where hotkey = ? and block = ? and data = ?", key))
 
+    def forget_failures(self, commitment: Commitment) -> None:
+        """An evaluation of this commitment has ended well: what failed before was not the model's fault."""
+        key = (commitment.hotkey, commitment.block, commitment.encode())
+        with self._transaction() as db:
+            db.execute("delete from failure where hotkey = ? and block = ? and data = ?", key)
+
     # --- losses -----------------------------------------------------------------------------------------------------
 
     def losses(self, content_id: str, tokenizer_id: str, profile: str, samples: Iterable[str]) -> dict[str, Loss]:
@@ -149,22 +177,38 @@ class Store:
         with self._transaction() as db:
             db.execute("insert or ignore into round(block, plan) values (?, ?)", (block, json.dumps(plan)))
 
-    def finish_round(self, block: int, record: Mapping[str, Any], weights: Weights) -> None:
-        """Keeps the round's record and the weights it decided in one step."""
+    def finish_round(self, block: int, record: Mapping[str, Any], weights: Weights, standings: Iterable[Standing] = ()) -> None:
+        """Keeps the round's record, who stood where in it, and the weights it decided, in one step."""
         kept = json.dumps(record, sort_keys=True)
+        rows = [(block, x.competition, x.model, x.hotkey, x.weight) for x in standings]
         with self._transaction() as db:
             db.execute(
-                "update round set record = ?, weights = ? where block = ?",
-                (kept, json.dumps(dict(weights.by_hotkey)), block),
+                "update round set record = ?, weights = ? where block = ?", (kept, json.dumps(dict(weights.by_hotkey)), block)
             )
+            db.executemany("insert or replace into standing values (?, ?, ?, ?, ?)", rows)
+
+    def last_evaluated(self, competition: str) -> dict[str, int]:
+        """Model id -> block of the newest round that evaluated it in this competition."""
+        query = "select model, max(round) from standing where competition = ? group by model"
+        return dict(self._db.execute(query, (competition,)))
+
+    def last_standing(self, competition: str, *, before: int) -> dict[str, float]:
+        """Hotkey -> share of the competition's reward in the newest round before a block."""
+        query = (
+            "select hotkey, weight from standing where competition = ?1 and round ="
+            " (select max(round) from standing where competition = ?1 and round < ?2)"
+        )
+        return dict(self._db.execute(query, (competition, before)))
 
     def rounds(self) -> tuple[StoredRound, ...]:
-        """Every round, oldest first."""
+        """Every round with its record, oldest first: for reports, since it reads them all."""
         rows = self._db.execute("select block, plan, record from round order by block")
         return tuple(StoredRound(row[0], json.loads(row[1]), json.loads(row[2]) if row[2] else None) for row in rows)
 
     def open_rounds(self) -> tuple[StoredRound, ...]:
-        return tuple(r for r in self.rounds() if r.record is None)
+        """Rounds that were opened and not finished, oldest first."""
+        rows = self._db.execute("select block, plan from round where record is null order by block")
+        return tuple(StoredRound(row[0], json.loads(row[1]), None) for row in rows)
 
     def last_finished(self) -> int | None:
         """Block of the newest finished round."""

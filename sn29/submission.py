@@ -1,7 +1,7 @@
 """A miner's submission, from a folder to a commitment on chain, as one story.
 
     check     what a validator would check, on the folder: metadata, rules, then a child process that loads and evaluates
-    submit    upload as one commit -> the same checks on what the Hub now has -> commit on chain -> read back
+    submit    upload as one commit, private -> the same checks on what the Hub now has -> commit on chain -> read back -> public
 
 Every step may be repeated: an upload of the same files makes no new revision, a commitment that already stands on chain
 is not written again (it would only make the model younger).
@@ -10,17 +10,18 @@ is not written again (it would only make the model younger).
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sn29.chain import Chain
 from sn29.errors import Reason, Rejected
-from sn29.evaluation.worker import BASE_BYTES, Job, evaluate
+from sn29.evaluation.worker import Job, evaluate, memory_needed
+from sn29.examination import start_token_of, unfit
 from sn29.hub import Hub
 from sn29.models import checkpoint
 from sn29.models.checkpoint import Read
 from sn29.records import Commitment, Loss, ModelFacts, ModelId, RepoListing, Sample
-from sn29.rules.competition import Competition, FixedTokenizer, violations
+from sn29.rules.competition import Competition, violations
 from sn29.telemetry import tell
 
 # Texts that a tokenizer must give back and a model must be able to score: plain words, line ends, scripts, a special token.
@@ -71,24 +72,22 @@ async def check(folder: Path, competition: Competition, fixed: FixedText | None,
     if checked.facts is None or checked.refusals:
         return checked
     facts = checked.facts
-    chosen = competition.tokenizer.start_token
     job = Job(
-        checkpoint=str(folder.resolve()),
-        tokenizer=str(fixed.path.resolve() if fixed else folder.resolve() / "tokenizer.json"),
-        start_token=facts.start_token if chosen is None else chosen,
+        checkpoint=str(folder.absolute()),
+        tokenizer=str((fixed.path if fixed else folder / "tokenizer.json").absolute()),
+        start_token=start_token_of(competition, facts),
         max_tokens=competition.limits.max_tokens,
-        max_round_trip_failures=0,
         dtype="bfloat16",
         device="cpu",
         threads=threads,
         samples=tuple(Sample(f"{i:032x}", text) for i, text in enumerate(PROBES)),
     )
-    memory = BASE_BYTES + 12 * facts.num_parameters + 12 * 512 * facts.vocab_size
     try:
-        losses = await evaluate(job, deadline_s=deadline_s, memory_bytes=memory)
+        losses = await evaluate(job, deadline_s=deadline_s, memory_bytes=memory_needed(facts, 512))
     except Rejected as error:
         return Checked(facts, (error,))
-    return Checked(facts, (), losses)
+    failure = unfit(losses, competition.limits.round_trip_failures)
+    return Checked(facts, (failure,) if failure else (), losses)
 
 
 async def submit(
@@ -105,12 +104,31 @@ async def submit(
     namespace, _, name = repo.partition("/")
     largest = Commitment(chain.hotkey, 0, ModelId(namespace, name, "0" * 40), checkpoint.digest("", ""), competition.name)
     largest.encode()  # too long a name is said before anything is uploaded
-    await asyncio.to_thread(hub.create, repo)
-    revision = await asyncio.to_thread(hub.upload, repo, folder, message=f"model for {competition.name}")
-    model = ModelId(namespace, name, revision)
+    standing = {c.hotkey: c for c in await chain.commitments()}.get(chain.hotkey)
+    stands_here = standing is not None and f"{namespace}:{name}:".encode() in standing.data
+    # Private until the commitment stands: whoever sees the files first could commit them under another hotkey.
+    await asyncio.to_thread(hub.create, repo, private=True)
+    await asyncio.to_thread(hub.set_private, repo, True)
+    try:
+        commitment = await _publish(chain, hub, folder, ModelId(namespace, name, "0" * 40), competition, fixed, force=force)
+        stands_here = True
+    finally:
+        if stands_here:  # also when an update was refused: what stands on chain must stay visible
+            await asyncio.to_thread(hub.set_private, repo, False)
+    tell("public", f"{commitment.model} can be seen by everybody", hotkey=chain.hotkey)
+    return commitment
+
+
+async def _publish(
+    chain: Chain, hub: Hub, folder: Path, model: ModelId, competition: Competition, fixed: FixedText | None, *, force: bool
+) -> Commitment:
+    """Upload, check, commit, read back, on a repository that only its owner can see."""
+    message = f"model for {competition.name}"
+    revision = await asyncio.to_thread(hub.upload, model.repo, folder, message=message)
+    model = replace(model, revision=revision)
     tell("uploaded", f"{model}", hotkey=chain.hotkey, competition=competition.name)
-    listing = await asyncio.to_thread(hub.listing, model)
-    checked = await asyncio.to_thread(inspect, listing, hub.reader(model), competition, fixed)
+    listing = await asyncio.to_thread(lambda: hub.listing(model, as_owner=True))
+    checked = await asyncio.to_thread(inspect, listing, hub.reader(model, as_owner=True), competition, fixed)
     if checked.refusals and not force:
         raise checked.refusals[0]
     digest = checkpoint.digest(checkpoint.content_id(listing.files), chain.hotkey)
@@ -124,8 +142,3 @@ async def submit(
     commitment = Commitment.parse(chain.hotkey, standing.block, standing.data)
     tell("committed", f"{model} for {competition.name}", hotkey=chain.hotkey, block=commitment.block)
     return commitment
-
-
-def needs_fixed_text(competition: Competition) -> FixedTokenizer | None:
-    """The competition's tokenizer when it prescribes one."""
-    return competition.tokenizer if isinstance(competition.tokenizer, FixedTokenizer) else None

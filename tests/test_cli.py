@@ -142,7 +142,7 @@ def _up(folder: Path, wallets: Path, *more: str) -> tuple[subprocess.Popen[str],
     said = ""
     for line in process.stdout:
         said += line
-        if "sn29 miner" in line:
+        if line.startswith("up: "):
             return process, said
     raise AssertionError(said)
 

@@ -32,7 +32,7 @@ from rich.table import Table
 
 import neurons
 from sn29.chain import Chain
-from sn29.errors import Unavailable
+from sn29.errors import Reason, Rejected, Unavailable
 from sn29.localnet import text
 from sn29.localnet.ledger import Ledger, LedgerSubstrate
 from sn29.localnet.network import MAX_CHARS, NETUID, TRAINING_FILES, WINDOW_BLOCKS, Localnet, prepare
@@ -118,6 +118,8 @@ def run(settings: DemoSettings) -> Ended:
     """The whole story. Raises Unavailable when a part of it fails."""
     folder = settings.folder or Path(tempfile.mkdtemp(prefix="sn29-demo-"))
     console = Console(highlight=False)
+    if folder.exists() and any(folder.iterdir()):
+        raise Rejected(Reason.SETTING, f"{folder}, which is not empty", "a new folder", "--dir")
     stage = Stage(folder, console if console.is_terminal else Console(highlight=False, width=140))
     with ExitStack() as cleanup:
         cleanup.callback(stage.stop_all)

@@ -32,7 +32,8 @@ FAMILIES = {"LlamaForCausalLM": "llama", "PhiForCausalLM": "phi", "Phi3ForCausal
 """Class name in `architectures` -> `model_type` that must stand beside it."""
 
 MAX_CONFIG_BYTES = 64 * 1024
-MAX_HEADER_BYTES = 4 * 1024 * 1024  # a 7B's header is 34 kB (291 tensors); 4 MB holds some 35,000 tensors
+MAX_HEADER_BYTES = 2 * 1024 * 1024  # of all files of a model together; a 7B's is 34 kB (291 tensors), 2 MB are some 17,000
+MAX_SHARDS = 64
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _ALLOWED_FILE = re.compile(
     r"config\.json|generation_config\.json|model\.safetensors|model\.safetensors\.index\.json"
@@ -82,8 +83,8 @@ def local_listing(folder: Path) -> RepoListing:
     if not folder.is_dir():
         raise Rejected(Reason.MISSING_FILE, folder, "a folder with config.json and model.safetensors")
     files = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name, size = path.relative_to(folder).as_posix(), path.stat().st_size
+    for name, size in _names(folder):
+        path = folder / name
         if name.endswith(".safetensors"):
             with path.open("rb") as stream:
                 oid = "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
@@ -348,26 +349,43 @@ def _check_files(files: Iterable[RepoFile]) -> tuple[str, ...]:
     if bool(shards) == bool(whole):
         what = "both model.safetensors and shards" if shards else "no model.safetensors"
         raise Rejected(Reason.FORBIDDEN_FILE if shards else Reason.MISSING_FILE, what, "one set of weights")
+    if len(shards) > MAX_SHARDS:
+        raise Rejected(Reason.FORBIDDEN_FILE, f"{len(shards)} shards", f"at most {MAX_SHARDS}")
     wanted = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if shards != wanted:
         raise Rejected(Reason.MISSING_FILE, ", ".join(shards)[:200], ", ".join(wanted)[:200])
     return tuple(whole or shards)
 
 
-def _header(read: Read, file: RepoFile) -> dict[str, tuple[int, ...]]:
-    """Name -> shape from a safetensors header (8 bytes of length, JSON, then the data without gaps)."""
+def _check_headers(read: Read, files: Iterable[RepoFile], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """That the files hold exactly the expected tensors, each once. Refuses at the first that is not, unread files unread."""
+    found: dict[str, tuple[int, ...]] = {}
+    left = MAX_HEADER_BYTES
+    for file in files:
+        shapes, length = _header(read, file, left)
+        left -= length
+        for name, shape in shapes.items():
+            if name in found or expected.get(name) != shape:
+                limit = "each tensor once" if name in found else f"{name[:80]} {list(expected.get(name, ())) or 'absent'}"
+                raise Rejected(Reason.TENSORS, f"{name[:80]} {list(shape)}", limit, file.path)
+            found[name] = shape
+    if missing := sorted(expected.keys() - found.keys()):
+        raise Rejected(Reason.TENSORS, f"no {missing[0]}", f"{missing[0]} {list(expected[missing[0]])}")
+
+
+def _header(read: Read, file: RepoFile, longest: int) -> tuple[dict[str, tuple[int, ...]], int]:
+    """(name -> shape, length in bytes) of a safetensors header: 8 bytes of length, JSON, then the data without gaps."""
     where = file.path
     length = int.from_bytes(read(file.path, 0, 8), "little")
-    if not 2 <= length <= min(MAX_HEADER_BYTES, file.size - 8):
-        raise Rejected(Reason.TENSORS, f"a header of {length} bytes", f"at most {MAX_HEADER_BYTES} bytes", where)
+    if not 2 <= length <= min(longest, file.size - 8):
+        raise Rejected(Reason.TENSORS, f"a header of {length} bytes", f"at most {MAX_HEADER_BYTES} bytes in all", where)
     header = strict_json(read(file.path, 8, length), Reason.TENSORS, where)
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not isinstance(metadata, dict):
         raise Rejected(Reason.TENSORS, "__metadata__", "an object", where)
     shapes, spans = {}, []
     for name, entry in header.items():
-        shape, span = _tensor(name, entry, where)
-        shapes[name] = shape
+        shapes[name], span = _tensor(name, entry, where)
         spans.append(span)
     end = 0
     for start, stop in sorted(spans):
@@ -376,40 +394,36 @@ def _header(read: Read, file: RepoFile) -> dict[str, tuple[int, ...]]:
         end = stop
     if end != file.size - 8 - length:
         raise Rejected(Reason.TENSORS, f"{file.size - 8 - length} bytes of data", f"{end} bytes", where)
-    return shapes
+    return shapes, length
 
 
 def _tensor(name: str, entry: Any, where: str) -> tuple[tuple[int, ...], tuple[int, int]]:
     """(shape, byte span) of one header entry."""
     bad = Rejected(Reason.TENSORS, f"{name[:80]}: {str(entry)[:80]}", "F32, F16 or BF16 with a shape and its bytes", where)
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"} or entry["dtype"] not in _BYTES_OF:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise bad
-    shape, span = entry["shape"], entry["data_offsets"]
+    dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BYTES_OF:
+        raise bad
     for numbers in (shape, span):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 50 for n in numbers):
             raise bad
-    if len(span) != 2 or len(shape) > 2 or span[1] - span[0] != math.prod(shape) * _BYTES_OF[entry["dtype"]]:
+    if len(span) != 2 or len(shape) > 2 or span[1] - span[0] != math.prod(shape) * _BYTES_OF[dtype]:
         raise bad
     return tuple(shape), (span[0], span[1])
 
 
-def inspect(listing: RepoListing, read: Read) -> ModelFacts:
+def inspect(listing: RepoListing, read: Read, accept: Callable[[ModelFacts], None] = lambda _: None) -> ModelFacts:
     """What the listing, config.json and the safetensors headers say; no weight is read (about 100 kB for a 7B).
 
-    Raises Rejected with FORBIDDEN_FILE, MISSING_FILE, BAD_CONFIG, FAMILY or TENSORS.
+    `accept` is asked as soon as the config is known and may raise Rejected before a header is read. Raises Rejected with
+    FORBIDDEN_FILE, MISSING_FILE, BAD_CONFIG, FAMILY or TENSORS; never anything else, whatever the files hold.
     """
     by_path = {f.path: f for f in listing.files}
     weights = _check_files(listing.files)
     config = parse_config(read("config.json", 0, min(by_path["config.json"].size, MAX_CONFIG_BYTES + 1)))
     expected = expected_tensors(config)
-    found: dict[str, tuple[int, ...]] = {}
-    for name in weights:
-        shapes = _header(read, by_path[name])
-        if twice := sorted(found.keys() & shapes.keys()):
-            raise Rejected(Reason.TENSORS, f"{twice[0]} in two files", "each tensor once", name)
-        found.update(shapes)
-    _compare(found, expected)
-    return ModelFacts(
+    facts = ModelFacts(
         content_id=content_id(listing.files),
         weights_id=weights_id(listing.files),
         family=config.family,
@@ -421,14 +435,9 @@ def inspect(listing: RepoListing, read: Read) -> ModelFacts:
         start_token=config.start_token,
         has_tokenizer="tokenizer.json" in by_path,
     )
-
-
-def _compare(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    for name in sorted(expected.keys() | found.keys()):
-        if found.get(name) != expected.get(name):
-            got = f"{name[:80]} {list(found[name])}" if name in found else f"no {name}"
-            limit = f"{name} {list(expected[name])}" if name in expected else "no such tensor"
-            raise Rejected(Reason.TENSORS, got, limit)
+    accept(facts)
+    _check_headers(read, (by_path[name] for name in weights), expected)
+    return facts
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -443,16 +452,11 @@ def load(folder: Path, *, dtype: torch.dtype, device: str = "cpu") -> PreTrained
     import torch
     import transformers
 
-    listing = _names(folder)
+    listing = [RepoFile(name, size, "") for name, size in _names(folder)]
     weights = _check_files(listing)
     config = parse_config((folder / "config.json").read_bytes())
-    expected = expected_tensors(config)
-    read = local_reader(folder)
-    found: dict[str, tuple[int, ...]] = {}
-    for file in listing:
-        if file.path in weights:
-            found.update(_header(read, file))
-    _compare(found, expected)
+    by_path = {file.path: file for file in listing}
+    _check_headers(local_reader(folder), (by_path[name] for name in weights), expected_tensors(config))
     state = _tensors(folder, weights, dtype)
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -473,11 +477,10 @@ def load(folder: Path, *, dtype: torch.dtype, device: str = "cpu") -> PreTrained
     return model.to(device).eval()
 
 
-def _names(folder: Path) -> tuple[RepoFile, ...]:
-    """The folder's files by name and size, contents unread."""
-    return tuple(
-        RepoFile(p.relative_to(folder).as_posix(), p.stat().st_size, "") for p in sorted(folder.rglob("*")) if p.is_file()
-    )
+def _names(folder: Path) -> list[tuple[str, int]]:
+    """(path, bytes) of a folder's files, sorted; names that start with a dot are no part of a model and are never uploaded."""
+    found = ((p.relative_to(folder), p) for p in sorted(folder.rglob("*")) if p.is_file())
+    return [(name.as_posix(), p.stat().st_size) for name, p in found if not any(part.startswith(".") for part in name.parts)]
 
 
 def _tensors(folder: Path, weights: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:

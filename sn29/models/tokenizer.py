@@ -110,7 +110,9 @@ class Tokenizer:
 
 
 def _plain(inner: Any) -> Any:
-    """The same tokenizer without what its file may ask for besides: cut-off, padding, special strings found in text."""
+    """The same tokenizer without what its file may ask for besides: chance, cut-off, padding, special strings found in text."""
+    if getattr(inner.model, "dropout", None) is not None:  # merges left out at random: another loss at each reading
+        inner.model.dropout = None
     inner.no_truncation()
     inner.no_padding()
     inner.encode_special_tokens = True

@@ -373,6 +373,8 @@ def _load(where: str, text: str) -> dict[str, object]:
         mark = error.problem_mark
         line = f"{where}: line {mark.line + 1}" if mark else where
         raise Rejected(Reason.COMPETITION_FILE, error.problem or "unreadable text", "YAML", line) from None
+    except RecursionError:
+        raise Rejected(Reason.COMPETITION_FILE, "nested too deep", "a mapping of fields", where) from None
     except yaml.YAMLError as error:
         raise Rejected(Reason.COMPETITION_FILE, " ".join(str(error).split()), "YAML", where) from None
     if not isinstance(data, dict):

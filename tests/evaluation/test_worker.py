@@ -15,7 +15,7 @@ import torch
 
 from sn29.errors import Reason, Rejected, Unavailable
 from sn29.evaluation.engine import sample_nats
-from sn29.evaluation.worker import BASE_BYTES, Job, evaluate
+from sn29.evaluation.worker import BASE_BYTES, Job, TooLate, evaluate, self_test
 from sn29.models.checkpoint import load
 from sn29.models.tokenizer import Tokenizer
 from sn29.records import Sample
@@ -25,7 +25,7 @@ TEXTS = ("the theatre", "a", "über 日本 \r\n", "x" * 60)
 
 def job(folder: Path, tokenizer: Path, **changes) -> Job:
     samples = tuple(Sample(f"{i:032x}", text) for i, text in enumerate(TEXTS))
-    plain = Job(str(folder), str(tokenizer), 1, 50, 0, "float32", "cpu", 1, samples)
+    plain = Job(str(folder), str(tokenizer), 1, 50, "float32", "cpu", 1, samples)
     return replace(plain, **changes)
 
 
@@ -64,22 +64,24 @@ def test_an_id_beyond_the_embedding_is_refused(make_checkpoint, byte_tokenizer):
     assert refused.value.reason is Reason.VOCABULARY
 
 
-def test_a_tokenizer_that_loses_text_is_refused(make_checkpoint, byte_tokenizer, tmp_path):
+def test_a_text_that_the_tokenizer_loses_is_unscorable(make_checkpoint, byte_tokenizer, tmp_path):
     raw = json.loads(byte_tokenizer.read_text())
     raw["normalizer"] = {"type": "Lowercase"}
     lossy = tmp_path / "tokenizer.json"
     lossy.write_text(json.dumps(raw))
     samples = (Sample("0" * 32, "Upper"), Sample("1" * 32, "lower"))
-    with pytest.raises(Rejected) as refused:
-        run(job(make_checkpoint(), lossy, samples=samples))
-    assert refused.value.reason is Reason.ROUND_TRIP
-    assert [loss.reason for loss in run(job(make_checkpoint(), lossy, samples=samples, max_round_trip_failures=1))] == [
-        "round_trip", "",
-    ]  # fmt: skip
+    losses = run(job(make_checkpoint(), lossy, samples=samples))
+    assert [(loss.reason, math.isinf(loss.nats)) for loss in losses] == [("round_trip", True), ("", False)]
+
+
+def test_this_machine_passes_its_self_test_and_one_without_the_device_does_not():
+    asyncio.run(self_test(device="cpu", dtype="float32", threads=1))
+    with pytest.raises(Unavailable, match="the child ended with"):
+        asyncio.run(self_test(device="cuda:99", dtype="float32", threads=1))
 
 
 def test_a_deadline_ends_the_child_and_is_unavailable(make_checkpoint, byte_tokenizer):
-    with pytest.raises(Unavailable, match="no result within"):
+    with pytest.raises(TooLate, match="no result within"):
         run(job(make_checkpoint(), byte_tokenizer), deadline_s=0.3)
 
 

@@ -187,3 +187,87 @@ def test_identity_ignores_the_readme_and_binds_the_hotkey():
     assert len(checkpoint.digest(one, "5Alice")) == 44
     with pytest.raises(Rejected):
         checkpoint.content_id([readme])
+
+
+def test_no_header_brings_up_anything_but_a_refusal(make_checkpoint, tmp_path):
+    """Seeded mutations of a good header: another value of another type at each place. Only Rejected comes out."""
+    folder = edited(make_checkpoint(), tmp_path / "edited")
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    good = json.loads(data[8 : 8 + length])
+    names = [name for name in good if name != "__metadata__"]
+    values = [
+        None,
+        True,
+        -1,
+        0,
+        2**70,
+        1.5,
+        "F32",
+        "",
+        [],
+        [[]],
+        {},
+        {"a": []},
+        ["F32"],
+        [0, 2**63],
+        [-1, 3],
+        [1, 2, 3],
+        "\ud800",
+    ]
+    for number, value in enumerate(values * 3):
+        header = json.loads(json.dumps(good))
+        name, key = names[number % len(names)], ("dtype", "shape", "data_offsets")[number // len(values)]
+        if (key, value) == ("dtype", "F32"):
+            continue  # the one that is right
+        header[name][key] = value
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+        with pytest.raises(Rejected) as refused:
+            inspect(folder)
+        assert refused.value.reason is Reason.TENSORS
+        assert str(refused.value).isprintable()
+
+
+def test_headers_are_bounded_for_all_files_together_and_read_no_further_than_the_first_wrong_name(make_checkpoint):
+    config = (make_checkpoint() / "config.json").read_bytes()
+    header = json.dumps({f"x{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20)}).encode()
+    body = len(header).to_bytes(8, "little") + header
+    names = [f"model-{i + 1:05d}-of-{40:05d}.safetensors" for i in range(40)]
+    asked = []
+
+    def read(path: str, start: int, length: int) -> bytes:
+        asked.append(path)
+        return (config if path == "config.json" else body)[start : start + length]
+
+    files = [RepoFile("config.json", len(config), "git:" + "a" * 40)]
+    files += [RepoFile(name, len(body), "sha256:" + "b" * 64) for name in names]
+    with pytest.raises(Rejected, match="x0"):
+        checkpoint.inspect(checkpoint.RepoListing(checkpoint.ModelId("a", "b", "0" * 40), tuple(files)), read)
+    assert set(asked) == {"config.json", names[0]}
+
+
+def test_a_rule_that_the_config_shows_costs_no_header(make_checkpoint):
+    folder = make_checkpoint()
+    asked = []
+
+    def read(path: str, start: int, length: int) -> bytes:
+        asked.append(path)
+        return checkpoint.local_reader(folder)(path, start, length)
+
+    def accept(facts) -> None:
+        raise Rejected(Reason.PARAMETERS, facts.num_parameters, 1)
+
+    with pytest.raises(Rejected) as refused:
+        checkpoint.inspect(checkpoint.local_listing(folder), read, accept)
+    assert refused.value.reason is Reason.PARAMETERS
+    assert asked == ["config.json"]
+
+
+def test_what_a_download_tool_leaves_behind_is_no_part_of_a_model(make_checkpoint, tmp_path):
+    folder = edited(make_checkpoint(), tmp_path / "edited")
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / ".cache" / "huggingface" / "x.metadata").write_text("x")
+    assert {f.path for f in checkpoint.local_listing(folder).files} == {p.name for p in folder.iterdir() if p.is_file()}
+    inspect(folder)

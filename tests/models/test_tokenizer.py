@@ -201,3 +201,14 @@ def test_a_panic_of_the_library_is_a_refusal(tmp_path: Path) -> None:
         with pytest.raises(Rejected) as caught:
             call()
         assert caught.value.reason == Reason.TOKENIZER
+
+
+def test_merges_are_never_left_out_by_chance(byte_tokenizer: Path, tmp_path: Path) -> None:
+    """BPE dropout would give another loss at each reading, and every validator another one."""
+    raw = json.loads(byte_tokenizer.read_text())
+    raw["model"]["dropout"] = 0.5
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(raw))
+    text = "the theatre of the thesis " * 20
+    ids = Tokenizer.load(byte_tokenizer).encode(text)
+    assert all(Tokenizer.load(path).encode(text) == ids for _ in range(5))

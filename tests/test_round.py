@@ -1,0 +1,351 @@
+"""The stories on a real chain, a real Hub and a real store: rounds, examination, publication, submission."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from neurons.adapters import Tokenizers, dataset_of, rules_of
+from sn29.chain import Chain, create_wallet
+from sn29.corpus import LocalFolder, draw
+from sn29.errors import Reason, Rejected, Unavailable
+from sn29.examination import Machine, Ports, Rules, unfit
+from sn29.hub import Hub
+from sn29.localnet.hub import LoopbackHub
+from sn29.localnet.ledger import Ledger, LedgerSubstrate
+from sn29.models import checkpoint
+from sn29.publication import publish
+from sn29.records import Commitment, Loss, ModelId, Weights
+from sn29.round import plan_round, run_round
+from sn29.store import Store
+from sn29.submission import submit
+
+NETUID = 29
+WINDOW = 1000
+RULES = f"""\
+reward_share: 1
+families: [LlamaForCausalLM]
+tokenizer: {{free: true}}
+limits: {{parameters: 60000, bytes: 1e6, max_tokens: 300, max_chars: 200, round_trip_failures: 1}}
+dataset: {{folder: text, files: "*.parquet", column: text}}
+samples: {{count: 8, window_blocks: {WINDOW}}}
+scoring:
+  rule: oldest_holder
+  group: 1
+  skew: 1.0
+  advantage: {{initial: 0.004, decay_per_epoch: 0.995, blocks_per_epoch: 361}}
+pool: {{keep: 4, pending: 4}}
+"""
+
+
+@dataclass
+class Subnet:
+    """A chain, a Hub, competition files with their text, and wallets by name."""
+
+    folder: Path
+    hub: LoopbackHub
+    ledger: Ledger
+
+    def chain(self, name: str) -> Chain:
+        return Chain(NETUID, network="local", wallet=self.wallet(name), substrate=LedgerSubstrate(self.folder / "chain.db"))
+
+    def wallet(self, name: str, *, validator: bool = False):
+        path = self.folder / "wallets"
+        if (path / name).exists():
+            from sn29.chain import load_wallet
+
+            return load_wallet(name, "default", path)
+        wallet = create_wallet(name, "default", path)
+        stake = 1000 if validator else 0
+        self.ledger.register(wallet.hotkey.ss58_address, wallet.coldkeypub.ss58_address, stake=stake, permit=validator)
+        self.ledger.advance(1)
+        return wallet
+
+    def hotkey(self, name: str) -> str:
+        return str(self.wallet(name).hotkey.ss58_address)
+
+    def rules(self) -> Rules:
+        return rules_of(self.folder / "competitions")
+
+    def publish(self, name: str, folder: Path, digest: str | None = None) -> Commitment:
+        """What a miner with its own tools does: upload, commit; the digest may lie."""
+        hub = Hub(self.hub.endpoint, token=self.hub.add_user(name))
+        hub.create(f"{name}/model")
+        revision = hub.upload(f"{name}/model", folder, message="model")
+        model = ModelId(name, "model", revision)
+        right = checkpoint.digest(checkpoint.content_id(hub.listing(model).files), self.hotkey(name))
+        commitment = Commitment(self.hotkey(name), 0, model, digest or right, "c00")
+
+        async def commit() -> None:
+            async with self.chain(name) as chain:
+                await chain.commit(commitment.encode())
+
+        asyncio.run(commit())
+        return commitment
+
+    def next_window(self) -> None:
+        self.ledger.advance((self.ledger.head() // WINDOW + 1) * WINDOW + self.ledger.finality_lag - self.ledger.head())
+
+
+@pytest.fixture
+def subnet(tmp_path: Path) -> Iterator[Subnet]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "competitions" / "text").mkdir(parents=True)
+    (tmp_path / "competitions" / "c00.yaml").write_text(RULES)
+    texts = [f"the text number {i} about the {word}" for i in range(10) for word in ("sea", "hills", "theatre")]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "competitions" / "text" / "a.parquet", row_group_size=5)
+    ledger = Ledger.create(tmp_path / "chain.db", netuid=NETUID, block_seconds=0.05, tempo=100_000, weights_rate_limit=0)
+    with LoopbackHub(tmp_path / "hub") as hub:
+        subnet = Subnet(tmp_path, hub, ledger)
+        subnet.wallet("validator", validator=True)
+        yield subnet
+    ledger.close()
+
+
+@pytest.fixture
+def model(make_checkpoint, byte_tokenizer, tmp_path):
+    """model(seed, to) -> a legal checkpoint with its tokenizer in a folder that may be changed."""
+
+    def make(seed: int = 0, **config) -> Path:
+        source = make_checkpoint(seed=seed, **config)
+        folder = shutil.copytree(source, tmp_path / "models" / f"{source.name}-{len(list(tmp_path.glob('models/*')))}")
+        shutil.copy(byte_tokenizer, folder / "tokenizer.json")
+        return folder
+
+    return make
+
+
+def go(subnet: Subnet, state: str = "state", **machine):
+    """One round by the validator with this state folder; (store, record of the round)."""
+    store = Store(subnet.folder / state / "store.db")
+    hub = Hub(subnet.hub.endpoint, timeout_s=2, attempts=1)
+    plain = Machine(subnet.folder / state / "models", "cpu", "float32", 1, 120, 60)
+
+    async def turn() -> None:
+        async with subnet.chain("validator") as chain:
+            folder = subnet.folder / "competitions"
+            tokenizers = Tokenizers(hub, subnet.folder / state / "tokenizers")
+            ports = Ports(chain, hub, store, dataset_of(hub, folder), tokenizers, replace(plain, **machine))
+            plan = await plan_round(ports, subnet.rules(), catch_up=2)
+            assert plan is not None
+            await run_round(ports, subnet.rules(), plan)
+
+    asyncio.run(turn())
+    return store, store.rounds()[-1].record
+
+
+def reasons(subnet: Subnet, record) -> dict[str, str]:
+    """Miner's name -> reason code or status."""
+    names = {subnet.hotkey(path.name): path.name for path in (subnet.folder / "wallets").iterdir()}
+    return {names[o["hotkey"]]: o["reason"] or o["status"] for o in record["competitions"]["c00"]["outcomes"]}
+
+
+def test_one_hostile_repository_harms_nobody_else(subnet, model):
+    header = b'{"x":{"dtype":[],"shape":[1],"data_offsets":[0,4]}}'
+    hostile = model(seed=1)
+    (hostile / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
+    escape = model(seed=2)
+    config = json.loads((escape / "config.json").read_text())
+    (escape / "config.json").write_text(json.dumps(config | {"\x1b[31mforged\nline": 1}))
+    subnet.publish("honest", model(seed=3))
+    subnet.publish("hostile", hostile)
+    subnet.publish("escape", escape)
+    subnet.publish("liar", model(seed=4), digest="A" * 43 + "=")
+    subnet.publish("thief", model(seed=3))
+    subnet.next_window()
+    _, record = go(subnet)
+    assert reasons(subnet, record) == {
+        "honest": "evaluated", "hostile": "tensors", "escape": "bad_config", "liar": "digest", "thief": "copy",
+    }  # fmt: skip
+    assert record["weights"] == {subnet.hotkey("honest"): 1.0}
+    assert all(o["detail"].isprintable() for o in record["competitions"]["c00"]["outcomes"])
+
+
+def test_a_commitment_after_the_seed_block_waits_for_the_next_window(subnet, model):
+    subnet.publish("early", model(seed=1))
+    subnet.next_window()
+    subnet.publish("late", model(seed=2))
+    _, record = go(subnet)
+    assert reasons(subnet, record) == {"early": "evaluated"}
+    subnet.next_window()
+    _, record = go(subnet)
+    assert reasons(subnet, record) == {"early": "evaluated", "late": "evaluated"}
+
+
+def test_a_machine_that_cannot_evaluate_blames_no_miner(subnet, model):
+    subnet.publish("honest", model(seed=1))
+    subnet.next_window()
+    with pytest.raises(Unavailable, match="1 models could not be looked at"):
+        go(subnet, device="cuda:99")
+    _, record = go(subnet)
+    assert reasons(subnet, record) == {"honest": "evaluated"}
+
+
+def test_a_hub_that_does_not_answer_delays_the_round_and_a_gone_repository_does_not(subnet, model):
+    subnet.publish("ann", model(seed=1))
+    subnet.publish("ben", model(seed=2))
+    subnet.next_window()
+    subnet.hub.stop()
+    with pytest.raises(Unavailable):
+        go(subnet)
+    subnet.hub = LoopbackHub(subnet.folder / "hub", port=int(subnet.hub.endpoint.rsplit(":", 1)[1]))
+    subnet.hub.start()
+    Hub(subnet.hub.endpoint, token=subnet.hub.add_user("ben")).delete("ben/model")
+    _, record = go(subnet)
+    assert reasons(subnet, record) == {"ann": "evaluated", "ben": "repository_gone"}
+
+
+def test_a_silent_hub_costs_a_miner_the_window_only_after_a_quarter_of_it(subnet, model):
+    subnet.publish("ann", model(seed=1))
+    subnet.next_window()
+    subnet.hub.stop()
+    subnet.ledger.advance(WINDOW // 4)
+    _, record = go(subnet)
+    assert reasons(subnet, record) == {"ann": "unavailable"}
+    assert record["weights"] == {}
+    subnet.hub.start = lambda: None  # stopped for good; the fixture's exit stops it again
+    subnet.hub.stop = lambda: None
+
+
+def test_an_opened_round_is_resumed_only_while_it_is_due(subnet, model):
+    subnet.publish("ann", model(seed=1))
+    subnet.next_window()
+    store = Store(subnet.folder / "state" / "store.db")
+    head = subnet.ledger.head() // WINDOW * WINDOW
+    store.open_round(head - 5 * WINDOW, {"block": head - 5 * WINDOW, "rules": dict(subnet.rules().hashes), "windows": {}})
+    store.close()
+    _, record = go(subnet)
+    assert record["block"] == head
+
+
+def test_a_checkpoint_that_nobody_commits_to_is_deleted(subnet, model):
+    subnet.publish("ann", model(seed=1))
+    subnet.next_window()
+    go(subnet)
+    first = {path.name for path in (subnet.folder / "state" / "models").iterdir()}
+    subnet.publish("ann", model(seed=2))
+    subnet.next_window()
+    go(subnet)
+    assert first.isdisjoint(path.name for path in (subnet.folder / "state" / "models").iterdir())
+
+
+def test_what_makes_a_model_unfit_is_decided_over_the_whole_window():
+    lost = Loss("a", float("inf"), 3, "round_trip")
+    good = Loss("b", 10.0, 3, "")
+    assert unfit([lost, good], 1) is None
+    assert unfit([lost, lost, good], 1).reason is Reason.ROUND_TRIP
+    assert unfit([lost], 1).reason is Reason.NOT_FINITE
+    assert unfit([], 1) is None
+
+
+# --- publication ------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_set_once_however_often_they_are_looked_at(subnet):
+    store = Store(subnet.folder / "state" / "store.db")
+    subnet.wallet("ann")
+    weights = Weights(10, {subnet.hotkey("ann"): 1.0})
+
+    async def story() -> list[bool]:
+        async with subnet.chain("validator") as chain:
+            nothing = await publish(chain, store)
+            store.open_round(10, {})
+            store.finish_round(10, {}, weights)
+            return [nothing, await publish(chain, store), await publish(chain, store)]
+
+    assert asyncio.run(story()) == [False, True, False]
+    assert [w for _, w in store.publications()] == [weights]
+
+
+def test_a_set_that_landed_unseen_is_found_and_not_repeated(subnet):
+    """As after a kill between the chain's inclusion and our note of it."""
+    store = Store(subnet.folder / "state" / "store.db")
+    subnet.wallet("ann")
+    weights = Weights(subnet.ledger.head(), {subnet.hotkey("ann"): 1.0})
+    store.open_round(weights.block, {})
+    store.finish_round(weights.block, {}, weights)
+
+    async def story() -> tuple[int, int]:
+        async with subnet.chain("validator") as chain:
+            landed = await chain.set_weights(weights, version_key=100)
+            assert await publish(chain, store)
+            me = next(n for n in (await chain.metagraph()).neurons if n.hotkey == chain.hotkey)
+            return landed.block, me.last_update
+
+    landed, last_update = asyncio.run(story())
+    assert landed == last_update
+    assert [block for block, _ in store.publications()] == [landed]
+
+
+def test_an_unregistered_validator_is_told_so(subnet):
+    store = Store(subnet.folder / "state" / "store.db")
+    store.open_round(10, {})
+    store.finish_round(10, {}, Weights(10, {subnet.hotkey("validator"): 1.0}))
+    create_wallet("stranger", "default", subnet.folder / "wallets")
+
+    async def story() -> None:
+        async with subnet.chain("stranger") as chain:
+            await publish(chain, store)
+
+    with pytest.raises(Rejected) as refused:
+        asyncio.run(story())
+    assert refused.value.reason is Reason.NOT_REGISTERED
+
+
+# --- submission -------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_private_until_its_commitment_stands(subnet, model):
+    """The Hub's own log: nobody but the owner is served a file of the repository before the commitment's block."""
+    hub = Hub(subnet.hub.endpoint, token=subnet.hub.add_user("ann"))
+    competition = subnet.rules().competitions["c00"]
+
+    async def story() -> Commitment:
+        async with subnet.chain("ann") as chain:
+            return await submit(chain, hub, model(seed=1), "ann/model", competition, None)
+
+    subnet.wallet("ann")
+    commitment = asyncio.run(story())
+    assert Hub(subnet.hub.endpoint).listing(commitment.model).files
+    asked = [(row.method, row.path) for row in subnet.hub.served]
+    opened = max(i for i, (method, path) in enumerate(asked) if method == "PUT" and path.endswith("/settings"))
+    uploaded = max(i for i, (method, path) in enumerate(asked) if "/commit/" in path)
+    assert uploaded < opened
+    assert asyncio.run(story()) == commitment, "a submission that is repeated changes nothing"
+
+
+def test_a_model_that_breaks_a_rule_is_neither_committed_nor_shown(subnet, model):
+    hub = Hub(subnet.hub.endpoint, token=subnet.hub.add_user("ann"))
+    competition = subnet.rules().competitions["c00"]
+    subnet.wallet("ann")
+
+    async def story() -> None:
+        async with subnet.chain("ann") as chain:
+            await submit(chain, hub, model(seed=1, hidden_size=64, intermediate_size=256), "ann/model", competition, None)
+
+    with pytest.raises(Rejected) as refused:
+        asyncio.run(story())
+    assert refused.value.reason is Reason.PARAMETERS
+
+    async def standing() -> tuple:
+        async with subnet.chain("ann") as chain:
+            return await chain.commitments()
+
+    assert asyncio.run(standing()) == ()
+    with pytest.raises(Rejected) as hidden:
+        Hub(subnet.hub.endpoint).resolve("ann/model")
+    assert hidden.value.reason in (Reason.REPOSITORY_GONE, Reason.REPOSITORY_CLOSED)
+
+
+def test_the_same_samples_are_drawn_for_every_validator(subnet):
+    data = LocalFolder(subnet.folder / "competitions" / "text")
+    one, two = (draw(data, "*.parquet", "text", 8, 200, block_hash="0xab", competition="c00", window=3) for _ in range(2))
+    assert one == two

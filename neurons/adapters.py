@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sn29.errors import Reason, Rejected
-from sn29.rules.competition import (
-    Competition,
-    FixedTokenizer,
-    FolderDataset,
-    HallOfFame,
-    check_together,
-    parse_competition,
-    parse_hall_of_fame,
-)
-from sn29.settings import NeuronSettings
+from sn29 import telemetry
+from sn29.errors import Reason, Rejected, Unavailable
+from sn29.rules.competition import Competition, FixedTokenizer, FolderDataset, HallOfFame, parse_hall_of_fame
+from sn29.rules.schedule import CompetitionFile, check_files, in_force, parse_file
+from sn29.settings import NeuronSettings, default_cache
 
 if TYPE_CHECKING:
     from sn29.chain import Chain
@@ -28,6 +25,7 @@ if TYPE_CHECKING:
     from sn29.hub import Hub
 
 HALL_OF_FAME = "hall_of_fame.yaml"
+NOBODY = HallOfFame(max_fraction=0.0, decay_per_epoch=0.995, blocks_per_epoch=361, entries=())
 PRIVATE_NETWORKS = ("localnet", "local")
 
 
@@ -55,6 +53,20 @@ def _substrate(settings: NeuronSettings) -> Any:
     return LedgerSubstrate(path)
 
 
+# --- competition files ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RuleFiles:
+    """Everything that a folder of competition files says."""
+
+    files: Mapping[str, CompetitionFile]
+    """By competition name, sorted."""
+    hall_of_fame: HallOfFame
+    hashes: Mapping[str, str]
+    """sha256 hex of each competition's file."""
+
+
 def read_texts(folder: Path) -> dict[str, str]:
     """File name -> text of every competition file in a folder, and of the hall of fame. Raises Rejected(COMPETITION_FILE)."""
     texts = {}
@@ -70,48 +82,130 @@ def read_texts(folder: Path) -> dict[str, str]:
     return texts
 
 
-def read_competitions(folder: Path) -> tuple[dict[str, Competition], HallOfFame, dict[str, str]]:
-    """(competitions by name, hall of fame, sha256 hex of each file by its stem). Raises Rejected(COMPETITION_FILE)."""
-    texts = read_texts(folder)
-    hall_text = texts.pop(HALL_OF_FAME, "")
-    hall = parse_hall_of_fame(hall_text) if hall_text else None
-    competitions = {name.removesuffix(".yaml"): parse_competition(name.removesuffix(".yaml"), t) for name, t in texts.items()}
-    check_together(list(competitions.values()))
-    hashes = {name.removesuffix(".yaml"): hashlib.sha256(t.encode()).hexdigest() for name, t in texts.items()}
-    hashes["hall_of_fame"] = hashlib.sha256(hall_text.encode()).hexdigest()
-    nobody = HallOfFame(max_fraction=0.0, decay_per_epoch=0.995, blocks_per_epoch=361, entries=())
-    return competitions, hall or nobody, hashes
+def read_git_texts(source: str, cache: Path) -> dict[str, str]:
+    """The same from `competitions/` of a git repository at one commit: `REPO@REVISION`, 40 hex digits, REPO a URL or a path.
+
+    Fetches that commit alone, with the `git` program, into the bare repository `cache`; a commit that is there already is
+    not fetched again. Raises Rejected(SETTING | COMPETITION_FILE), Unavailable.
+    """
+    repo, _, revision = source.rpartition("@")
+    if not repo or not re.fullmatch("[0-9a-f]{40}", revision):
+        raise Rejected(Reason.SETTING, source, "REPO@REVISION with all 40 hex digits of a commit", "--competitions.git")
+    _git("init", "--quiet", "--bare", str(cache))
+    here = ("--git-dir", str(cache))
+    try:
+        _git(*here, "cat-file", "-e", f"{revision}^{{tree}}")
+    except Unavailable:
+        _git(*here, "fetch", "--quiet", "--depth", "1", "--no-tags", "--", repo, revision)
+    listed = _git(*here, "ls-tree", "-z", "--name-only", revision, "competitions/").split("\0")
+    names = [path.removeprefix("competitions/") for path in listed if path.endswith(".yaml")]
+    if not names:
+        raise Rejected(Reason.COMPETITION_FILE, "no competitions/*.yaml", "at least one competition", source)
+    return {name: _git(*here, "show", f"{revision}:competitions/{name}") for name in names}
 
 
-def rules_of(folder: Path) -> Rules:
-    """The rules that a folder's files state. Raises Rejected(COMPETITION_FILE)."""
-    from sn29.examination import Rules
-
-    return Rules(*read_competitions(folder))
-
-
-def read_rules(settings: NeuronSettings) -> Rules:
-    """The rules in force. On a public network every file must pin what it names: validators must judge on the same content."""
-    rules = rules_of(settings.competitions_dir)
-    for name, competition in rules.competitions.items():
-        if settings.network not in PRIVATE_NETWORKS and competition.unpinned:
-            what = ", ".join(competition.unpinned)
-            raise Rejected(
-                Reason.COMPETITION_FILE,
-                f"{what} without a pin",
-                f"a pin for network {settings.network}",
-                f"{name}.yaml",
-            )
-    return rules
+def _git(*words: str) -> str:
+    """Standard output of `git`. Raises Unavailable when it fails, is not there or takes longer than two minutes."""
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    try:
+        done = subprocess.run(["git", *words], capture_output=True, encoding="utf-8", timeout=120, env=environment, check=False)
+    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError) as error:
+        raise Unavailable("git", str(error)[:200]) from None
+    if done.returncode:
+        raise Unavailable("git", " ".join(done.stderr.split())[-200:] or f"exit status {done.returncode}")
+    return done.stdout
 
 
-def dataset_of(hub: Hub, folder: Path) -> Callable[[Competition], DataFiles]:
-    """Opens a competition's data set: a Hub revision, or a folder (relative to the competition files)."""
+def parse_texts(texts: Mapping[str, str]) -> RuleFiles:
+    """What the files say, every change checked, alone and together. Raises Rejected(COMPETITION_FILE)."""
+    hall = parse_hall_of_fame(texts[HALL_OF_FAME]) if HALL_OF_FAME in texts else None
+    by_name = {name.removesuffix(".yaml"): text for name, text in sorted(texts.items()) if name != HALL_OF_FAME}
+    files = {name: parse_file(name, text) for name, text in by_name.items()}
+    check_files(list(files.values()))
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in by_name.items()}
+    hashes["hall_of_fame"] = hashlib.sha256(texts.get(HALL_OF_FAME, "").encode()).hexdigest()
+    return RuleFiles(files, hall or NOBODY, hashes)
+
+
+def read_files(settings: NeuronSettings) -> RuleFiles:
+    """The files that the settings name, from a folder or a git commit. Raises as `read_texts` and `read_git_texts` do."""
+    return parse_texts(_texts_of(settings))
+
+
+def _texts_of(settings: NeuronSettings) -> dict[str, str]:
+    if settings.competitions_git:
+        return read_git_texts(settings.competitions_git, default_cache() / "competitions.git")
+    return read_texts(settings.competitions_dir)
+
+
+def read_competitions(folder: Path, block: int = 0) -> tuple[dict[str, Competition], HallOfFame, dict[str, str]]:
+    """(competitions in force at a block, hall of fame, sha256 hex of each competition's file).
+
+    Block 0 is before every change. Raises Rejected(COMPETITION_FILE).
+    """
+    read = parse_texts(read_texts(folder))
+    return {name: in_force(file, block) for name, file in read.files.items()}, read.hall_of_fame, dict(read.hashes)
+
+
+class RulesReader:
+    """The rules while a program runs: files that change are read again, and a bad one never replaces the last good ones."""
+
+    def __init__(self, settings: NeuronSettings, validator: str = "") -> None:
+        """Reads the files; `validator` is the hotkey whose overrides count.
+
+        Raises Rejected(COMPETITION_FILE): a program does not start on files that are wrong, nor on a public network with
+        one that does not pin what it names, because validators must judge on the same content. Raises Unavailable when
+        a git repository does not answer.
+        """
+        self._settings, self._validator = settings, validator
+        self._seen = _texts_of(self._settings)
+        self.files = self._checked(self._seen)
+        """The last good files."""
+
+    def rules(self) -> Rules:
+        """The last good files."""
+        from sn29.examination import Rules
+
+        return Rules(self.files.files, self.files.hall_of_fame, self.files.hashes, self._validator)
+
+    def look_again(self) -> None:
+        """Takes over files that changed, if they are good; what is refused is said once, when it is first seen.
+
+        Called between rounds: a round is planned and run under the same rules.
+        """
+        if self._settings.competitions_git:
+            return  # a commit does not change
+        try:
+            texts = _texts_of(self._settings)
+        except Rejected as error:
+            texts = {"": str(error)}  # not even readable: remembered like a text, so that it is said once
+        if texts == self._seen:
+            return
+        self._seen = texts
+        try:
+            self.files = self._checked(_texts_of(self._settings) if "" in texts else texts)
+        except Rejected as error:
+            telemetry.warn("rules_refused", f"{error}; the rules of before stay in force", reason=error.reason.code)
+        else:
+            what = {name: digest[:12] for name, digest in self.files.hashes.items()}
+            telemetry.tell("rules", "new competition files are in force", **what)
+
+    def _checked(self, texts: Mapping[str, str]) -> RuleFiles:
+        read = parse_texts(texts)
+        for name, file in read.files.items():
+            if self._settings.network not in PRIVATE_NETWORKS and file.unpinned:
+                got, rule = f"{', '.join(file.unpinned)} without a pin", f"a pin for network {self._settings.network}"
+                raise Rejected(Reason.COMPETITION_FILE, got, rule, f"{name}.yaml")
+        return read
+
+
+def dataset_of(hub: Hub, folder: Path) -> Callable[[Competition, int], DataFiles]:
+    """Opens a competition's data set, the first or another by its index: a Hub revision, or a folder (relative to `folder`)."""
     from sn29.corpus import LocalFolder
     from sn29.hub import HubDataset
 
-    def open_dataset(competition: Competition) -> DataFiles:
-        source = competition.dataset
+    def open_dataset(competition: Competition, index: int) -> DataFiles:
+        source = competition.datasets[index]
         if isinstance(source, FolderDataset):
             return LocalFolder(folder / source.folder)
         return HubDataset(hub, source.hub, source.revision or hub.resolve(source.hub, "dataset"))
@@ -129,7 +223,7 @@ class Tokenizers:
 
     def __call__(self, wanted: FixedTokenizer) -> tuple[Path, int]:
         """(path of tokenizer.json, its largest id). Raises Rejected(TOKENIZER) when the content is another one."""
-        pin = wanted.fingerprint or "unpinned"
+        pin = wanted.fingerprint or f"unpinned {wanted.hub} {wanted.revision}".replace("/", " ")
         if pin not in self._checked:
             path = self.folder / pin / "tokenizer.json"
             if not path.exists():

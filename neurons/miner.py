@@ -9,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sn29 import telemetry
 from sn29.errors import Reason, Rejected, Sn29Error
-from sn29.rules.competition import Competition, FixedTokenizer, HubDataset
+from sn29.rules.competition import Competition, HubDataset, tokenizer_for
 from sn29.settings import MinerSettings, read
 
 if TYPE_CHECKING:
     from sn29.hub import Hub
     from sn29.submission import FixedText
+
+
+Chosen = TypeVar("Chosen")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,17 +46,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 async def run(settings: MinerSettings) -> None:
     """Train, check, publish, commit."""
-    from neurons.adapters import Tokenizers, open_chain, read_competitions
+    from neurons.adapters import Tokenizers, open_chain, read_files
     from sn29.hub import Hub
+    from sn29.rules.schedule import in_force
     from sn29.submission import FixedText, check, submit
 
-    competition = chosen(read_competitions(settings.competitions_dir)[0], settings.competition)
+    file = chosen(read_files(settings).files, settings.competition)
     if "/" not in settings.repo:
         raise Rejected(Reason.SETTING, settings.repo or "nothing", "namespace/name", "--repo")
     hub = Hub(settings.hub_endpoint, token=settings.hub_token or None)
-    prescribed = competition.tokenizer if isinstance(competition.tokenizer, FixedTokenizer) else None
-    fixed = FixedText(*Tokenizers(hub, settings.work_dir / "tokenizers")(prescribed)) if prescribed else None
-    chain = open_chain(settings)  # a missing key is said now, not after the training; connected when it is needed
+    chain = open_chain(settings)  # a missing key is said now, not after the training
+    async with chain:
+        competition = in_force(file, (await chain.head()).block)
+    own = settings.model is None or (settings.model / "tokenizer.json").exists()
+    prescribed = tokenizer_for(competition, own)
+    tokenizers = Tokenizers(hub, settings.work_dir / "tokenizers")
+    fixed = FixedText(*tokenizers(prescribed)) if prescribed else None
     telemetry.tell("started", f"miner {chain.hotkey} for {competition.name}", hotkey=chain.hotkey)
     folder = settings.model or train(settings, competition, hub, fixed)
     checked = await check(folder, competition, fixed, threads=settings.threads, deadline_s=900)
@@ -67,7 +75,8 @@ async def run(settings: MinerSettings) -> None:
         await submit(chain, hub, folder, settings.repo, competition, fixed, force=settings.force)
 
 
-def chosen(competitions: dict[str, Competition], name: str) -> Competition:
+def chosen(competitions: Mapping[str, Chosen], name: str) -> Chosen:
+    """One of them by its name. Raises Rejected(UNKNOWN_COMPETITION)."""
     if name not in competitions:
         raise Rejected(Reason.UNKNOWN_COMPETITION, name, ", ".join(competitions), "--competition")
     return competitions[name]

@@ -32,18 +32,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 async def run(settings: ValidatorSettings) -> None:
     """Both loops until one ends or a signal comes."""
-    from neurons.adapters import Tokenizers, dataset_of, open_chain, read_rules
+    from neurons.adapters import RulesReader, Tokenizers, dataset_of, open_chain
     from sn29.evaluation.worker import self_test
     from sn29.examination import Machine, Ports
     from sn29.hub import Hub
     from sn29.store import Store
 
-    rules = read_rules(settings)
+    RulesReader(settings)  # what is wrong with a file is said before anything is opened
     hub = Hub(settings.hub_endpoint)
     store = Store(settings.state_dir / "store.db")
     lock = alone(settings.state_dir)
     machine = Machine(
         models_dir=settings.state_dir / "models",
+        records_dir=settings.state_dir / "records",
         device=settings.device,
         dtype=settings.dtype,
         threads=settings.threads,
@@ -53,11 +54,13 @@ async def run(settings: ValidatorSettings) -> None:
     await self_test(device=settings.device, dtype=settings.dtype, threads=settings.threads)
     async with open_chain(settings) as chain:
         store.belong_to(f"{await chain.block_hash(0)} netuid {settings.netuid}")
-        telemetry.tell("started", f"validator {chain.hotkey} on {settings.network}", competitions=", ".join(rules.competitions))
+        reader = RulesReader(settings, validator=chain.hotkey)
+        names = ", ".join(reader.files.files)
+        telemetry.tell("started", f"validator {chain.hotkey} on {settings.network}", competitions=names)
         tokenizers = Tokenizers(hub, settings.state_dir / "tokenizers")
         ports = Ports(chain, hub, store, dataset_of(hub, settings.competitions_dir), tokenizers, machine)
         rounds_done = asyncio.Event()
-        rounds = asyncio.create_task(_rounds(settings, ports, rules, rounds_done))
+        rounds = asyncio.create_task(_rounds(settings, ports, reader, rounds_done))
         publisher = asyncio.create_task(_publisher(settings, ports, rounds_done))
         _on_signals(rounds, publisher)
         await _until_over(rounds, publisher)
@@ -66,13 +69,15 @@ async def run(settings: ValidatorSettings) -> None:
     telemetry.tell("stopped", "nothing is lost: start again to go on")
 
 
-async def _rounds(settings: ValidatorSettings, ports, rules, done: asyncio.Event) -> None:  # type: ignore[no-untyped-def]
-    """One round after the other, waiting for the chain in between."""
+async def _rounds(settings: ValidatorSettings, ports, reader, done: asyncio.Event) -> None:  # type: ignore[no-untyped-def]
+    """One round after the other, waiting for the chain in between. Each is run by the rules in force at its block."""
     from sn29.round import plan_round, run_round
 
     finished = 0
     while not settings.rounds or finished < settings.rounds:
         try:
+            reader.look_again()
+            rules = reader.rules()
             plan = await plan_round(ports, rules, catch_up=settings.catch_up)
             if plan is not None:
                 await run_round(ports, rules, plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 import threading
@@ -23,6 +24,14 @@ sn29 {__version__}: node software of Bittensor subnet 29
   sn29 miner                       train a model, check it as a validator would, publish it, commit to it
   sn29 check MODEL_DIR             would a validator accept this model? exit 0 or 1, with the reason
   sn29 competitions check [DIR]    are these competition files valid? exit 0 or 1, with file, field and both values
+  sn29 competitions show [DIR]     the rules in force at a block or a time, and what comes next
+  sn29 competitions diff OLD NEW   every field that two files or folders set differently, and from which block on
+  sn29 competitions pin FILE       write revision and fingerprint of every Hub id into the file
+  sn29 simulate incentive          attacks and honest progress under each scoring rule: who would be paid
+  sn29 competitions simulate FILE  what this file would have changed in recorded rounds, per hotkey
+  sn29 explain HOTKEY              why this weight: refused why, lost to whom by how much, what would win
+  sn29 replay RECORD               scores and weights again from a round's record; exit 0 when they are the recorded bits
+  sn29 audit RECORD RECORD         where two validators differ, first cause first
   sn29 localnet up                 a chain and a Hub on this machine, for rehearsals
 
   sn29 COMMAND --help              the flags of a command
@@ -54,6 +63,9 @@ def _guarded(name: tuple[str, ...], command: Callable[[list[str]], int], words: 
         if isinstance(error, Rejected):
             print(f"  what to do: {error.reason.advice}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever reads (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"sn29 {' '.join(name)}: stopped", file=sys.stderr)
         return 130
@@ -76,10 +88,12 @@ def _demo(words: list[str]) -> int:
 
     settings = read(DemoSettings, words)
     from sn29.localnet.demo import check_outcomes, check_training, run
-    from sn29.report.page import write_page
+    from sn29.report.page import shown, write_page
 
     ended = run(settings)
-    page = write_page(ended.folder / "report.html", ended.records, ended.published, ended.names, ended.curves, ended.unigram)
+    page = write_page(
+        ended.folder / "report.html", [shown(r) for r in ended.records], ended.published, ended.names, ended.curves, ended.unigram
+    )
     check_outcomes(ended)
     if not settings.steps:
         check_training(ended)
@@ -117,17 +131,18 @@ def _check(words: list[str]) -> int:
 
     settings = read(CheckSettings, words)
     from neurons.adapters import Tokenizers, read_competitions
-    from sn29.rules.competition import FixedTokenizer, parse_competition
+    from sn29.rules.competition import FixedTokenizer
+    from sn29.rules.schedule import in_force, parse_file
 
     named = Path(settings.competition)
     if named.suffix == ".yaml":
         if not named.is_file():
             raise Rejected(Reason.SETTING, named, "a competition file that exists", "--competition")
-        competition = parse_competition(named.stem, named.read_text(encoding="utf-8"))
+        competition = in_force(parse_file(named.stem, named.read_text(encoding="utf-8")), settings.at)
     else:
         from neurons.miner import chosen
 
-        competition = chosen(read_competitions(settings.competitions_dir)[0], settings.competition)
+        competition = chosen(read_competitions(settings.competitions_dir, settings.at)[0], settings.competition)
     from sn29.hub import Hub
     from sn29.models import checkpoint
     from sn29.models.tokenizer import Tokenizer
@@ -218,13 +233,75 @@ def _localnet_up(words: list[str]) -> int:
     return 0
 
 
+def _simulate_incentive(words: list[str]) -> int:
+    from sn29.settings import IncentiveSettings, read
+
+    settings = read(IncentiveSettings, words)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from neurons.adapters import read_competitions
+    from neurons.miner import chosen
+    from sn29 import incentive
+
+    base = chosen(read_competitions(settings.competitions_dir)[0], settings.competition)
+    competitions, scenes = incentive.chosen_rules(base, settings.rule), incentive.chosen_scenes(settings.attack, settings.days)
+    plan = incentive.Plan(settings.runs, settings.days, settings.samples, settings.seed, settings.windows_per_day)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"{len(scenes)} scenes, {len(competitions)} rules")
+        result = incentive.simulate(
+            competitions, scenes, plan, settings.workers, lambda done, of: progress.update(task, completed=done, total=of)
+        )
+    if settings.picture is not None:
+        settings.picture.write_text(incentive.picture(result), encoding="utf-8")
+    if settings.json_output:
+        print(incentive.as_json(result))
+    else:
+        console = Console()
+        for table in incentive.tables(result):
+            console.print(table)
+    return 0 if all(goal.met for goal in result.goals) else 1
+
+
+def _of_records(name: str) -> Callable[[list[str]], int]:
+    """A command that reads round records."""
+
+    def run(words: list[str]) -> int:
+        from sn29 import record_commands
+
+        command: Callable[[list[str]], int] = getattr(record_commands, name)
+        return command(words)
+
+    return run
+
+
+def _of_competitions(name: str) -> Callable[[list[str]], int]:
+    """A command that reads competition files."""
+
+    def run(words: list[str]) -> int:
+        from sn29 import competition_commands
+
+        command: Callable[[list[str]], int] = getattr(competition_commands, name)
+        return command(words)
+
+    return run
+
+
 _COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int]] = {
     ("demo",): _demo,
     ("validator",): _validator,
     ("miner",): _miner,
     ("check",): _check,
     ("competitions", "check"): _competitions_check,
+    ("competitions", "show"): _of_competitions("show"),
+    ("competitions", "diff"): _of_competitions("diff"),
+    ("competitions", "pin"): _of_competitions("pin"),
+    ("competitions", "simulate"): _of_records("simulate"),
+    ("explain",): _of_records("explain"),
+    ("replay",): _of_records("replay"),
+    ("audit",): _of_records("audit"),
     ("localnet", "up"): _localnet_up,
+    ("simulate", "incentive"): _simulate_incentive,
 }
 
 

@@ -66,6 +66,10 @@ class Reason(Enum):
         "name parquet files with enough different texts in row groups of at most 20 MB of text",
     )
     COMPETITION_FILE = ("the competition file is not valid", "mend the named field")
+    RECORD = (
+        "the round record is not usable",
+        "take the file as its validator wrote it; see `sn29 replay --help` for other data",
+    )
     SETTING = ("the setting is not usable", "see --help")
     NOT_REGISTERED = (
         "the hotkey is not registered on the subnet",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,8 +17,9 @@ from sn29.evaluation.worker import Job, TooLate, evaluate, memory_needed, self_t
 from sn29.hub import Hub
 from sn29.models import checkpoint
 from sn29.models.fetch import fetch
-from sn29.records import Commitment, Loss, ModelFacts, Outcome, RepoListing, Sample
-from sn29.rules.competition import Competition, FixedTokenizer, HallOfFame, violations
+from sn29.records import Commitment, Loss, ModelFacts, Outcome, RepoListing, Sample, Window
+from sn29.rules.competition import Competition, FixedTokenizer, HallOfFame, named_start_token, tokenizer_for, violations
+from sn29.rules.schedule import CompetitionFile, in_force, rules_for
 from sn29.rules.selection import Refusal
 from sn29.store import Store
 from sn29.telemetry import tell, warn
@@ -28,13 +30,19 @@ _MAY_HEAL = {Reason.COPY, Reason.REPOSITORY_GONE, Reason.REPOSITORY_CLOSED, Reas
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The competitions in force."""
+    """The competition files, and whose overrides count."""
 
-    competitions: Mapping[str, Competition]
-    """By name, sorted."""
+    files: Mapping[str, CompetitionFile]
+    """By competition name, sorted."""
     hall_of_fame: HallOfFame
     hashes: Mapping[str, str]
-    """sha256 hex of each competition's file: verdicts hold for the rules that they were made under."""
+    """sha256 hex of each file by its stem: what was decided under other files is not taken over."""
+    validator: str = ""
+    """Hotkey of this validator."""
+
+    def at(self, name: str, block: int) -> Competition:
+        """What is in force at a block."""
+        return in_force(self.files[name], block, self.validator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,7 @@ class Machine:
     """How this validator evaluates: no rule, only what its hardware wants."""
 
     models_dir: Path
+    records_dir: Path
     device: str
     dtype: str
     threads: int
@@ -56,8 +65,8 @@ class Ports:
     chain: Chain
     hub: Hub
     store: Store
-    dataset: Callable[[Competition], DataFiles]
-    """The competition's evaluation text."""
+    dataset: Callable[[Competition, int], DataFiles]
+    """A competition's evaluation text: its data set of that index."""
     tokenizer: Callable[[FixedTokenizer], tuple[Path, int]]
     """Path of a fixed tokenizer, fingerprint checked, and its largest id."""
     machine: Machine
@@ -70,20 +79,27 @@ class Entrant:
     commitment: Commitment
     facts: ModelFacts
     listing: RepoListing
+    admitting: Competition
+    """The rules that it was admitted by: grace may make them wider than those in force."""
 
 
 async def inspect(
-    ports: Ports, rules: Rules, competition: Competition, commitment: Commitment, largest_id: int | None
+    ports: Ports, rules: Rules, competition: Competition, window: Window, commitment: Commitment, largest_id: int | None
 ) -> Entrant | Outcome:
-    """Everything that metadata can show. One request to the Hub for what is known already, about 100 kB for what is new."""
+    """Everything that metadata can show. One request to the Hub for what is known already, about 100 kB for what is new.
+
+    `largest_id` is the largest id of the competition's own tokenizer, if it has one.
+    """
     hotkey = commitment.hotkey
-    known = ports.store.verdict(hotkey, commitment.block, commitment.encode(), _terms(ports, rules, competition))
+    admitting = rules_for(rules.files[competition.name], commitment.block, window.seed.block, rules.validator)
+    known = ports.store.verdict(hotkey, commitment.block, commitment.encode(), _terms(ports, admitting))
     if known is not None:
         tell("remembered", "refused before: not looked at again", hotkey=hotkey, reason=known.reason)
         return known
 
     def accept(facts: ModelFacts) -> None:
-        for violation in violations(competition, facts, largest_id):
+        shared = tokenizer_for(admitting, facts.has_tokenizer) is not None
+        for violation in violations(admitting, facts, largest_id if shared else None):
             raise violation
 
     try:
@@ -93,35 +109,36 @@ async def inspect(
             raise Rejected(Reason.DIGEST, commitment.digest, expected, hotkey)
         facts = await asyncio.to_thread(checkpoint.inspect, listing, ports.hub.reader(commitment.model), accept)
     except Rejected as error:
-        return _refuse(ports, rules, competition, commitment, error)
+        return _refuse(ports, admitting, commitment, error)
     except Unavailable as error:
         return put_off(commitment, error)
     tell(
         "inspected", f"{facts.family}, {facts.num_parameters:,} parameters: allowed", hotkey=hotkey, competition=competition.name
     )
-    return Entrant(commitment, facts, listing)
+    return Entrant(commitment, facts, listing, admitting)
 
 
-def _terms(ports: Ports, rules: Rules, competition: Competition) -> str:
-    """What a refusal holds under: another competition file, device or number format, and the model is looked at again."""
-    return f"{rules.hashes[competition.name]} {ports.machine.device} {ports.machine.dtype}"
+def _terms(ports: Ports, admitting: Competition) -> str:
+    """What a refusal holds under: with other rules, another device or number format the model is looked at again."""
+    terms = f"{admitting.model_dump_json()} {ports.machine.device} {ports.machine.dtype}"
+    return hashlib.sha256(terms.encode()).hexdigest()
 
 
-def _refuse(ports: Ports, rules: Rules, competition: Competition, commitment: Commitment, error: Rejected) -> Outcome:
+def _refuse(ports: Ports, admitting: Competition, commitment: Commitment, error: Rejected) -> Outcome:
     """The refusal, remembered unless the world can take it back."""
-    outcome = refused(commitment.hotkey, competition.name, commitment.block, str(commitment.model), error)
+    outcome = refused(commitment.hotkey, commitment.competition, commitment.block, str(commitment.model), error)
     if error.reason not in _MAY_HEAL:
-        ports.store.keep_verdict(outcome, commitment.encode(), _terms(ports, rules, competition))
+        ports.store.keep_verdict(outcome, commitment.encode(), _terms(ports, admitting))
     return outcome
 
 
 async def measure(
-    ports: Ports, rules: Rules, competition: Competition, entrant: Entrant, samples: tuple[Sample, ...]
+    ports: Ports, competition: Competition, entrant: Entrant, samples: tuple[Sample, ...]
 ) -> tuple[Outcome, tuple[Loss, ...]]:
     """The losses of one model on the window's samples, from the store where they are known."""
     commitment, content = entrant.commitment, entrant.facts.content_id
-    fixed = competition.tokenizer if isinstance(competition.tokenizer, FixedTokenizer) else None
-    tokenizer_id = (fixed.fingerprint or "") if fixed else tokenizer_oid(entrant.listing)
+    fixed = tokenizer_for(competition, entrant.facts.has_tokenizer)
+    tokenizer_id = tokenizer_id_of(competition, entrant)
     start_token = start_token_of(competition, entrant.facts)
     device = ports.machine.device.partition(":")[0]
     profile = f"{device} {ports.machine.dtype} start={start_token} max_tokens={competition.limits.max_tokens} plain-1"
@@ -144,7 +161,7 @@ async def measure(
             ports.store.keep_losses(content, tokenizer_id, profile, found)
             known |= {loss.sample: loss for loss in found}
     except Rejected as error:
-        outcome = _refuse(ports, rules, competition, commitment, error)
+        outcome = _refuse(ports, entrant.admitting, commitment, error)
         say_refused([outcome])
         return outcome, ()
     except Unavailable as error:
@@ -177,13 +194,16 @@ def unfit(losses: Sequence[Loss], round_trip_failures: int) -> Rejected | None:
 
 def start_token_of(competition: Competition, facts: ModelFacts) -> int:
     """The competition's, else the model's own."""
-    chosen = competition.tokenizer.start_token
+    chosen = named_start_token(competition, facts.has_tokenizer)
     return facts.start_token if chosen is None else chosen
 
 
-def tokenizer_oid(listing: RepoListing) -> str:
-    """Identity of a model's own tokenizer: its file's object id, so that it is known without the file."""
-    return next((f.oid for f in listing.files if f.path == "tokenizer.json"), "")
+def tokenizer_id_of(competition: Competition, entrant: Entrant) -> str:
+    """Fingerprint of the competition's tokenizer, or the object id of the model's own, which is known without the file."""
+    shared = tokenizer_for(competition, entrant.facts.has_tokenizer)
+    if shared is not None:
+        return shared.fingerprint or ""
+    return next((f.oid for f in entrant.listing.files if f.path == "tokenizer.json"), "")
 
 
 async def _fetch(ports: Ports, entrant: Entrant) -> Path:

@@ -253,15 +253,28 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Entry:
+    """A hotkey's model in a competition."""
+
+    content_id: str
+    block: int
+    """Since when this hotkey claims this content."""
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
-    """One model's standing in one competition in one round."""
+    """One model's standing in one competition in one round. What a win is, the competition's rule says."""
 
     hotkey: str
     wins: float
-    """Groups of samples won, under the advantage of earlier commitments."""
+    """`oldest_holder`: groups of samples won, under the advantage of earlier commitments. `pairwise_epsilon`: matches
+    won against the other competitive models. `champion`: samples on which no other model's loss is lower (of equal
+    ones the oldest commitment's, near copies left out); it decides nothing there."""
     win_rate: float
-    """Wins over the groups that anybody could win; all scores of a round sum to 1, or to 0 when nobody won."""
+    """Wins over what could be won: groups, matches or samples that somebody was scored on. Under `oldest_holder` and
+    `champion` all scores of a round sum to 1, or to 0 when nobody won."""
     win_rate_without_advantage: float
+    """The same without any advantage of earlier commitments; under `champion` equal to `win_rate`, which has none."""
     advantage: float
     """The factor that a later model's loss must get below: 1 - what is left of the advantage."""
     weight: float

@@ -13,25 +13,50 @@ the store and goes on after a crash as it was opened; what was measured is never
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
+from sn29 import record_files
 from sn29.corpus import draw
 from sn29.errors import Rejected, Unavailable
-from sn29.examination import Entrant, Ports, Rules, inspect, measure, outcome_of, put_off, refused, say_refused
-from sn29.records import Commitment, Head, Loss, Outcome, Sample, Score, Weights, Window
-from sn29.rules.competition import Competition, FixedTokenizer
-from sn29.rules.scoring import score, win_matrix
-from sn29.rules.selection import Claim, FirstClaims, Inspected, choose, first_claims, next_round, select
-from sn29.rules.weights import combine
+from sn29.examination import (
+    Entrant,
+    Ports,
+    Rules,
+    inspect,
+    measure,
+    outcome_of,
+    put_off,
+    refused,
+    say_refused,
+    tokenizer_id_of,
+)
+from sn29.records import Commitment, Entry, Head, Loss, Outcome, Sample, Weights, Window
+from sn29.replay import competition_record, memory_for
+from sn29.round_record import CompetitionRecord, ModelRecord, RoundRecord, SampleRecord
+from sn29.rules.champion import Duel, Memory, open_duels
+from sn29.rules.competition import Competition, HubDataset, samples_per_dataset, tokenizer_for
+from sn29.rules.decision import Contest, decide
+from sn29.rules.scoring import Scored
+from sn29.rules.scoring_fields import Champion
+from sn29.rules.selection import (
+    Claim,
+    FirstClaims,
+    Inspected,
+    choose,
+    first_claims,
+    large_validators,
+    next_round,
+    out_of_reach,
+    select,
+    top_miners,
+)
 from sn29.store import Standing
 from sn29.telemetry import bug, tell
-
-RECORD_SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +82,15 @@ class Admitted:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdicts:
-    """What became of the commitments of one competition."""
+class Judged:
+    """One competition, measured and not yet scored."""
 
-    outcomes: tuple[Outcome, ...]
-    scores: tuple[Score, ...]
-    standings: tuple[Standing, ...]
-    record: Mapping[str, Any]
+    contest: Contest
+    samples: tuple[Sample, ...]
+    datasets: Mapping[str, str]
+    """Data set -> the revision that samples were drawn from."""
+    models: tuple[ModelRecord, ...]
+    """Every commitment to the competition."""
 
 
 # --- planning ---------------------------------------------------------------------------------------------------------
@@ -71,7 +98,7 @@ class Verdicts:
 
 async def plan_round(ports: Ports, rules: Rules, *, catch_up: int) -> Plan | None:
     """The round to work on now: one that was opened and not finished, else the next one due, else None."""
-    lengths = {name: c.samples.window_blocks for name, c in rules.competitions.items()}
+    lengths = {name: rules.at(name, 0).samples.window_blocks for name in rules.files}  # the same at every block
     finalized = await ports.chain.finalized()
     block = next_round(lengths, finalized.block, ports.store.last_finished(), catch_up)
     if block is None:
@@ -103,52 +130,82 @@ async def run_round(ports: Ports, rules: Rules, plan: Plan) -> Weights:
     """Judges every competition, decides the weights, keeps the record. Raises Unavailable when chain or text do not answer."""
     tell("round", f"round of block {plan.block}", block=plan.block)
     known = {key: Claim(*claim) for key, claim in ports.store.claims().items()}
-    admitted = [await _admit(ports, rules, c, plan.windows[name], known) for name, c in rules.competitions.items()]
+    admitted = [await _admit(ports, rules, window, known) for window in plan.windows.values()]
     no_competition = tuple(dict.fromkeys(o for a in admitted for o in a.no_competition))
     say_refused(no_competition)
     # Copies are looked for across competitions: a model has one owner, wherever it is entered.
     claims = first_claims([_inspected(e) for a in admitted for e in a.entrants], known)
     ports.store.keep_claims({key: (claim.block, claim.hotkey) for key, claim in claims.claims.items()})
-    verdicts = {a.competition.name: await _judge(ports, rules, a, claims) for a in admitted}
-    registered = {n.hotkey for n in (await ports.chain.metagraph(plan.block)).neurons}
-    weights = combine(
-        {name: c.reward_share for name, c in rules.competitions.items()},
-        {name: v.scores for name, v in verdicts.items()},
-        rules.hall_of_fame,
-        ports.store.weights(before=plan.block),
-        plan.block,
-        registered,
+    before = ports.store.last_record(before=plan.block)
+    graph = await ports.chain.metagraph(plan.block)
+    favoured = top_miners([await ports.chain.weights(hotkey, plan.block) for hotkey in large_validators(graph)])
+    judged = {a.competition.name: await _judge(ports, a, claims, before, favoured) for a in admitted}
+    await _wait_for_the_unavailable(ports, plan, judged)
+    registered = sorted(n.hotkey for n in graph.neurons)
+    last = ports.store.weights(before=plan.block)
+    decision = decide({n: j.contest for n, j in judged.items()}, rules.hall_of_fame, last, plan.block, registered)
+    record = RoundRecord(
+        head=next(w.seed for w in plan.windows.values() if w.seed.block == plan.block),
+        competitions={n: _recorded(rules, j, decision.scored[n]) for n, j in judged.items()},
+        no_competition=no_competition,
+        hall_of_fame=rules.hall_of_fame.model_dump(mode="json"),
+        registered=tuple(registered),
+        last_weights=last,
+        weights=decision.weights,
+        versions={name: version(name) for name in ("sn29", "torch", "transformers", "tokenizers", "bittensor", "numpy")},
+        machine={"dtype": ports.machine.dtype, "device": ports.machine.device},
     )
-    await _wait_for_the_unavailable(ports, rules, plan, verdicts)
-    weights = replace(weights, block=plan.block)  # also when the last ones are kept: this round decided so
-    record = {
-        "schema": RECORD_SCHEMA,
-        "block": plan.block,
-        "versions": {name: version(name) for name in ("sn29", "torch", "transformers", "tokenizers", "bittensor")},
-        "rules": dict(rules.hashes),
-        "machine": {"dtype": ports.machine.dtype, "device": ports.machine.device},
-        "no_competition": [asdict(o) for o in no_competition],
-        "competitions": {name: v.record for name, v in verdicts.items()},
-        "weights": dict(weights.by_hotkey),
-    }
-    ports.store.finish_round(plan.block, record, weights, (x for v in verdicts.values() for x in v.standings))
+    path = record_files.write(ports.machine.records_dir, record)
+    ports.store.finish_round(plan.block, record, decision.weights, _standings(record))
+    record_files.keep_only(path)  # one that a crash left between the two lines may tell of another state of the Hub
     _forget_models(ports, {e.facts.content_id for a in admitted for e in a.entrants})
-    tell("weights", f"round of block {plan.block} decided", **{h: f"{w:.4f}" for h, w in weights.by_hotkey.items()})
-    return weights
+    _say_scores(record)
+    return decision.weights
 
 
-async def _wait_for_the_unavailable(ports: Ports, rules: Rules, plan: Plan, verdicts: Mapping[str, Verdicts]) -> None:
+def _recorded(rules: Rules, judged: Judged, scored: Scored) -> CompetitionRecord:
+    return competition_record(
+        judged.contest,
+        scored,
+        file_sha256=rules.hashes[judged.contest.competition.name],
+        datasets=judged.datasets,
+        samples=[SampleRecord(s.id, s.num_bytes) for s in judged.samples],
+        models=judged.models,
+    )
+
+
+def _standings(record: RoundRecord) -> tuple[Standing, ...]:
+    return tuple(
+        Standing(name, model.outcome.model, s.hotkey, s.weight)
+        for name, kept in record.competitions.items()
+        for s in kept.scores
+        if (model := kept.model(s.hotkey)) is not None
+    )
+
+
+def _say_scores(record: RoundRecord) -> None:
+    for name, kept in record.competitions.items():
+        for s in sorted(kept.scores, key=lambda s: (-s.weight, s.hotkey)):
+            losses = kept.losses.get(s.hotkey, ())
+            mean = f"{sum(losses) / len(losses):.2f}" if losses else "-"
+            tell(
+                "scored", f"{name}: {s.wins:g} wins", hotkey=s.hotkey, competition=name,
+                loss_per_sample=mean, win_rate=f"{s.win_rate:.3f}", weight=f"{s.weight:.3f}",
+            )  # fmt: skip
+    shares = {hotkey: f"{weight:.4f}" for hotkey, weight in record.weights.by_hotkey.items()}
+    tell("weights", f"round of block {record.head.block} decided", **shares)
+
+
+async def _wait_for_the_unavailable(ports: Ports, plan: Plan, judged: Mapping[str, Judged]) -> None:
     """A round is not closed over the head of a miner whose repository did not answer, until a quarter of the window is over.
 
     Raises Unavailable: the round is tried again, and what was measured is known by then.
     """
-    missing = [o.hotkey for v in verdicts.values() for o in v.outcomes if o.status == "unavailable"]
-    patience = min(c.samples.window_blocks for c in rules.competitions.values()) // 4
+    missing = [m.hotkey for j in judged.values() for m in j.models if m.outcome.status == "unavailable"]
+    patience = min(j.contest.competition.samples.window_blocks for j in judged.values()) // 4
     if missing and (await ports.chain.finalized()).block < plan.block + patience:
-        raise Unavailable(
-            "round",
-            f"{len(missing)} models could not be looked at ({missing[0]}...); tried again until block {plan.block + patience}",
-        )
+        until = f"tried again until block {plan.block + patience}"
+        raise Unavailable("round", f"{len(missing)} models could not be looked at ({missing[0]}...); {until}")
 
 
 def _forget_models(ports: Ports, wanted: set[str]) -> None:
@@ -160,12 +217,13 @@ def _forget_models(ports: Ports, wanted: set[str]) -> None:
             tell("deleted", "a checkpoint that nobody commits to any more", content=path.name)
 
 
-async def _admit(ports: Ports, rules: Rules, competition: Competition, window: Window, known: Mapping[str, Claim]) -> Admitted:
+async def _admit(ports: Ports, rules: Rules, window: Window, known: Mapping[str, Claim]) -> Admitted:
     """The commitments made before the window's seed block, as far as chain and metadata can judge them."""
-    name = competition.name
-    fixed = competition.tokenizer if isinstance(competition.tokenizer, FixedTokenizer) else None
+    name = window.competition
+    competition = rules.at(name, window.seed.block)
+    shared = tokenizer_for(competition, has_own=False)
     try:
-        largest_id = (await asyncio.to_thread(ports.tokenizer, fixed))[1] if fixed else None  # the first call fetches it
+        largest_id = (await asyncio.to_thread(ports.tokenizer, shared))[1] if shared else None  # the first call fetches it
     except Rejected as error:  # the competition's own repository, no miner's: nothing can be judged until it is mended
         raise Unavailable(f"tokenizer of {name}", str(error)) from None
     commitments, entrants = [], []
@@ -176,14 +234,14 @@ async def _admit(ports: Ports, rules: Rules, competition: Competition, window: W
             commitments.append(Commitment.parse(raw.hotkey, raw.block, raw.data))
         except Rejected as error:
             no_competition.append(refused(raw.hotkey, "", raw.block, "", error))
-    selection = select(commitments, rules.competitions, known)
+    selection = select(commitments, rules.files, known)
     for refusal in selection.refused:
-        foreign = refusal.commitment.competition not in rules.competitions
+        foreign = refusal.commitment.competition not in rules.files
         if foreign or refusal.commitment.competition == name:
             (no_competition if foreign else outcomes).append(outcome_of(refusal))
     for commitment in selection.by_competition[name]:
         try:
-            entrant = await inspect(ports, rules, competition, commitment, largest_id)
+            entrant = await inspect(ports, rules, competition, window, commitment, largest_id)
         except Exception as error:  # noqa: BLE001 - a bug that one stranger's files bring up must not stop all the others
             bug(f"looking at {commitment.hotkey} failed")
             entrant = put_off(commitment, Unavailable("inspection", f"{type(error).__name__}"))
@@ -194,37 +252,111 @@ async def _admit(ports: Ports, rules: Rules, competition: Competition, window: W
     return Admitted(competition, window, tuple(entrants), tuple(outcomes), tuple(no_competition))
 
 
-async def _judge(ports: Ports, rules: Rules, admitted: Admitted, claims: FirstClaims) -> Verdicts:
-    """Choice, losses and scores of one competition."""
+async def _judge(
+    ports: Ports, admitted: Admitted, claims: FirstClaims, before: RoundRecord | None, favoured: frozenset[str]
+) -> Judged:
+    """Choice, samples and losses of one competition."""
     store, competition, window = ports.store, admitted.competition, admitted.window
     mine = {e.commitment: e for e in admitted.entrants}
-    outcomes = [*admitted.outcomes, *(outcome_of(r) for r in claims.refused if r.commitment in mine)]
     owners = [c for c in claims.owners if c in mine]
-    standing = store.last_standing(competition.name, before=window.seed.block)
-    choice = choose(owners, competition.pool, standing, store.last_evaluated(competition.name))
+    memory = memory_for(competition, window, before)
+    duels = _open_duels(competition, window, memory, claims, mine)
+    needed = {d.holder: d.needed for d in duels}
+    entries = {c.hotkey: _entry(c, e, claims) for c, e in mine.items()}
+    resting = out_of_reach([*duels, *_known_copies(competition, before)], entries, needed)
+    choice = choose(
+        owners,
+        competition.pool,
+        store.last_standing(competition.name, before=window.seed.block),
+        store.last_evaluated(competition.name),
+        challenging=[d.challenger for d in sorted(duels, key=lambda d: (d.high, d.challenger))],
+        favoured=favoured,
+        resting=resting,
+    )
+    outcomes = [*admitted.outcomes, *(outcome_of(r) for r in claims.refused if r.commitment in mine)]
     outcomes += [_waiting(c) for c in choice.waiting]
     say_refused(outcomes)
-    samples = await asyncio.to_thread(_draw, ports, competition, window)
+    samples, revisions = await asyncio.to_thread(_draw, ports, competition, window)
     tell("samples", f"{competition.name}: {len(samples)} samples drawn by the hash of block {window.seed.block}")
-    losses = {}
+    models = [ModelRecord(outcome) for outcome in outcomes]
+    table = {}
     for commitment in choice.chosen:
-        outcome, found = await measure(ports, rules, competition, mine[commitment], samples)
-        outcomes.append(outcome)
-        losses.update({commitment.hotkey: found} if found else {})
-    return _score(competition, window, samples, tuple(outcomes), losses)
+        outcome, losses = await measure(ports, competition, mine[commitment], samples)
+        models.append(_model_record(competition, mine[commitment], outcome, losses))
+        table.update({commitment.hotkey: models[-1].losses} if losses else {})
+    entries = _entries(memory, mine, models, claims)
+    outage = any(m.outcome.status == "unavailable" for m in models)
+    contest = Contest(competition, window, table, entries, memory, outage)
+    return Judged(contest, samples, revisions, tuple(models))
 
 
-def _draw(ports: Ports, competition: Competition, window: Window) -> tuple[Sample, ...]:
-    return draw(
-        ports.dataset(competition),
-        competition.dataset.files,
-        competition.dataset.column,
-        competition.samples.count,
-        competition.limits.max_chars,
-        block_hash=window.seed.hash,
-        competition=competition.name,
-        window=window.index,
+def _open_duels(
+    competition: Competition, window: Window, memory: Memory, claims: FirstClaims, mine: Mapping[Commitment, Entrant]
+) -> tuple[Duel, ...]:
+    """What is known at this block of the crown's challengers; nothing under a rule without a crown."""
+    rule = competition.scoring
+    entries = {c.hotkey: _entry(c, e, claims) for c, e in mine.items()}
+    return open_duels(rule, memory, entries, window.seed.block) if isinstance(rule, Champion) else ()
+
+
+def _known_copies(competition: Competition, before: RoundRecord | None) -> list[Duel]:
+    """Near copies that the round before found."""
+    kept = before.competitions.get(competition.name) if before else None
+    return [Duel(**fields) for fields in kept.duels if fields["near_copy"]] if kept else []
+
+
+def _entry(commitment: Commitment, entrant: Entrant, claims: FirstClaims) -> Entry:
+    """Since when the hotkey claims this content: committing to the same content again makes nobody younger."""
+    content = entrant.facts.content_id
+    claim = claims.claims.get(content)
+    since = min(claim.block, commitment.block) if claim and claim.hotkey == commitment.hotkey else commitment.block
+    return Entry(content, since)
+
+
+def _model_record(competition: Competition, entrant: Entrant, outcome: Outcome, losses: tuple[Loss, ...]) -> ModelRecord:
+    if not losses:
+        return ModelRecord(outcome, facts=entrant.facts)
+    return ModelRecord(
+        outcome,
+        tokenizer_id=tokenizer_id_of(competition, entrant),
+        facts=entrant.facts,
+        num_tokens=sum(x.num_tokens for x in losses if math.isfinite(x.nats)),
+        losses=tuple(x.nats for x in losses),
+        unscored=tuple(x.reason for x in losses if not math.isfinite(x.nats)),
     )
+
+
+def _entries(
+    memory: Memory, mine: Mapping[Commitment, Entrant], models: Sequence[ModelRecord], claims: FirstClaims
+) -> dict[str, Entry]:
+    """Who was evaluated, who was left out by our own choice, and the crown's holder though it did not answer.
+
+    An outage must not take a crown; but a challenger that could choose when to be seen could choose what it is judged on.
+    """
+    valid = {m.hotkey for m in models if m.outcome.status in ("evaluated", "waiting")}
+    entries = {c.hotkey: _entry(c, e, claims) for c, e in mine.items() if c.hotkey in valid}
+    holder = memory.holder
+    for outcome in (m.outcome for m in models if holder and m.hotkey == holder.hotkey):
+        claim = claims.claims.get(outcome.model)  # the same model id is the same content
+        if holder and outcome.status == "unavailable" and claim and claim.hotkey == holder.hotkey:
+            entries[holder.hotkey] = Entry(holder.content_id, min(claim.block, outcome.block))
+    return entries
+
+
+def _draw(ports: Ports, competition: Competition, window: Window) -> tuple[tuple[Sample, ...], dict[str, str]]:
+    """The window's samples, and the revision of each data set that they are from."""
+    found: dict[str, Sample] = {}
+    revisions = {}
+    for index, count in enumerate(samples_per_dataset(competition)):
+        source, data = competition.datasets[index], ports.dataset(competition, index)
+        name = f"{competition.name} {index}" if index else competition.name
+        drawn = draw(
+            data, source.files, source.column, count, competition.limits.max_chars,
+            block_hash=window.seed.hash, competition=name, window=window.index,
+        )  # fmt: skip
+        found.update({s.id: s for s in drawn})
+        revisions[f"{index} {source.hub if isinstance(source, HubDataset) else source.folder}"] = data.revision
+    return tuple(found.values()), revisions
 
 
 def _inspected(entrant: Entrant) -> Inspected:
@@ -234,45 +366,3 @@ def _inspected(entrant: Entrant) -> Inspected:
 def _waiting(c: Commitment) -> Outcome:
     why = "no place under evaluation in this round"
     return Outcome(c.hotkey, c.competition, c.block, "waiting", str(c.model), reason="waiting", detail=why)
-
-
-# --- scores -----------------------------------------------------------------------------------------------------------
-
-
-def _score(
-    competition: Competition,
-    window: Window,
-    samples: tuple[Sample, ...],
-    outcomes: tuple[Outcome, ...],
-    losses: Mapping[str, tuple[Loss, ...]],
-) -> Verdicts:
-    """Scores, and all that they depend on, written down."""
-    blocks = {o.hotkey: o.block for o in outcomes if o.status == "evaluated"}
-    table = {hotkey: tuple(x.nats for x in row) for hotkey, row in losses.items()}
-    seed = hashlib.sha256(f"{window.seed.hash} {competition.name} {window.index} groups".encode()).digest()
-    scores = score(competition, table, blocks, window.seed.block, seed)
-    matrix = win_matrix(table, blocks, window.seed.block, competition.scoring.advantage)
-    record = {
-        "window": asdict(window),
-        "samples": [{"id": s.id, "bytes": s.num_bytes} for s in samples],
-        "outcomes": [asdict(o) for o in sorted(outcomes, key=lambda o: (o.block, o.hotkey))],
-        "losses": {
-            hotkey: [[x.nats if x.nats < float("inf") else None, x.num_tokens, x.reason] for x in row]
-            for hotkey, row in losses.items()
-        },
-        "scores": [asdict(s) for s in scores],
-        "win_matrix": {
-            "hotkeys": list(matrix.hotkeys),
-            "wins": matrix.wins,
-            "wins_with_advantage": matrix.wins_with_advantage,
-        },
-    }
-    for s in sorted(scores, key=lambda s: -s.weight):
-        mean = sum(table[s.hotkey]) / max(1, len(samples))
-        tell(
-            "scored", f"{competition.name}: {s.wins:g} wins", hotkey=s.hotkey, competition=competition.name,
-            loss_per_sample=f"{mean:.2f}", win_rate=f"{s.win_rate:.3f}", weight=f"{s.weight:.3f}",
-        )  # fmt: skip
-    model_of = {o.hotkey: o.model for o in outcomes if o.status == "evaluated"}
-    standings = tuple(Standing(competition.name, model_of[s.hotkey], s.hotkey, s.weight) for s in scores)
-    return Verdicts(outcomes, scores, standings, record)

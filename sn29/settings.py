@@ -105,6 +105,7 @@ class NeuronSettings(_Settings):
     localnet_dir: Path = _flag(default_localnet(), "folder of the localnet, for --network localnet", "localnet.dir")
     hub_endpoint: str = _flag(DEFAULT_HUB, "address of the Hub", "hub.endpoint")
     competitions_dir: Path = _flag(Path("competitions"), "folder of the competition files", "competitions.dir")
+    competitions_git: str = _flag("", "REPO@COMMIT whose competitions/ is read instead of the folder", "competitions.git")
 
 
 class ValidatorSettings(NeuronSettings):
@@ -191,10 +192,120 @@ class CheckSettings(_Settings):
     model_dir: CliPositionalArg[Path] = Field(description="folder with config.json and *.safetensors")
     competition: str = _flag("", "c00, or the path of a competition file", "competition")
     competitions_dir: Path = _flag(Path("competitions"), "folder where c00 is looked up", "competitions.dir")
+    at: int = _flag(0, "block whose rules are asked for; 0 = before every change of the file", "at")
     tokenizer: Path | None = _flag(None, "tokenizer.json of the competition, if its Hub is not to be asked", "tokenizer")
     hub_endpoint: str = _flag(DEFAULT_HUB, "Hub that has the competition's tokenizer", "hub.endpoint")
     metadata_only: bool = _flag(False, "stop before the weights are loaded", "metadata-only")
     json_output: bool = _flag(False, "print the answer as JSON", "json")
+
+
+class IncentiveSettings(_Settings):
+    """Play attacks and honest progress against each scoring rule and print who would be paid. Exit 1: a goal is missed."""
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 simulate incentive")
+
+    rule: str = _flag("all", "oldest_holder, pairwise_epsilon, champion, or all", "rule")
+    attack: str = _flag("all", "a kind of scene (copies, improvement, ...), a part of a scene's name, or all", "attack")
+    competition: str = _flag("c00", "competition whose own rule is played with the fields of its file", "competition")
+    competitions_dir: Path = _flag(Path("competitions"), "folder of the competition files", "competitions.dir")
+    runs: int = _flag(40, "runs of a scene; a quarter for rules without memory, a tenth for five validators", "runs")
+    days: int = _flag(30, "days of a run, of 20 windows of 360 blocks", "days")
+    windows_per_day: int = _flag(4, "windows a day of champion, 1, 2, 4, 5, 10 or 20; in races always 20", "windows-per-day")
+    samples: int = _flag(1500, "texts of a window", "samples")
+    seed: int = _flag(29, "seed of all worlds", "seed")
+    workers: int = _flag(2, "processes", "workers")
+    picture: Path | None = _flag(None, "write the picture to this SVG file", "picture")
+    json_output: bool = _flag(False, "print everything as JSON", "json")
+
+
+_RECORDS = Path("~/.sn29/validator")
+
+
+class ReplaySettings(_Settings):
+    """
+    Compute scores and weights again from a round record alone. Exit 0: the same bits as recorded. Exit 1: not, and what
+    differs first. With --rule or --competitions: what would have come out instead, exit 0.
+
+    RECORD may also be written by hand, to score a matrix of losses from anywhere:
+
+      {"losses": {"ann": [812.5, 640.25], "bob": [811.0, null]},
+       "commit_blocks": {"ann": 7012, "bob": 7350},
+       "block": 7560,
+       "competition": "c00"}
+
+    losses: nats of each model on the same samples in the same order, null where it has none. commit_blocks: since when each
+    claims its model. block: ages are counted to it. competition: a name, looked up in --competitions (default: the folder
+    competitions), or an object with the fields of a competition file. May be left out: content_ids (equal ones are one
+    model), hash (0x and 64 hex digits: orders the samples into groups).
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 replay")
+
+    record: CliPositionalArg[Path] = Field(description="a round record, or one written by hand")
+    rule: str = _flag("", "score with this rule instead: oldest_holder, pairwise_epsilon or champion", "rule")
+    competitions: Path | None = _flag(None, "score by the competition files of this folder instead", "competitions")
+    json_output: bool = _flag(False, "print the answer as JSON", "json")
+
+
+class AuditSettings(_Settings):
+    """Say where the records of two validators differ, first cause first. Exit 0: they are equal. Exit 1: they are not."""
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 audit")
+
+    first: CliPositionalArg[Path] = Field(description="a round record")
+    second: CliPositionalArg[Path] = Field(description="another validator's record of the same round")
+    json_output: bool = _flag(False, "print the answer as JSON", "json")
+
+
+class ExplainSettings(_Settings):
+    """Why a hotkey got its weight: seen, refused why, evaluated, lost to whom by how much, and what would win."""
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 explain")
+
+    hotkey: CliPositionalArg[str] = Field(description="ss58 address of the miner's hotkey")
+    round: int | None = _flag(None, "only the round of this block", "round")
+    state_dir: Path = _flag(_RECORDS, "state folder of a validator: its records are in the folder `records` there", "state.dir")
+    records: Path | None = _flag(None, "folder with round records, or one record, instead", "records")
+    json_output: bool = _flag(False, "print the answer as JSON", "json")
+
+
+class SimulateSettings(_Settings):
+    """What a new competition file would have changed in recorded rounds: every hotkey's mean weight, then and with it."""
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 competitions simulate")
+
+    file: CliPositionalArg[Path] = Field(description="the new file; its name says which competition it is for")
+    rounds: tuple[Path, ...] = _flag((), "round records, or a folder of them; of one validator", "rounds")
+    json_output: bool = _flag(False, "print every round as JSON", "json")
+
+
+class ShowSettings(_Settings):
+    """Which rules are in force at a block, and what comes next."""
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 competitions show")
+
+    folder: CliPositionalArg[Path] = Field(Path("competitions"), description="folder of the competition files")
+    at: str = _flag("0", "block, or UTC time such as 2027-02-01 for files with a clock; 0 = before every change", "at")
+    json_output: bool = _flag(False, "print everything as JSON", "json")
+
+
+class DiffSettings(_Settings):
+    """Every field that two competition files, or two folders of them, set differently, and from which block on."""
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 competitions diff")
+
+    old: CliPositionalArg[Path] = Field(description="file or folder")
+    new: CliPositionalArg[Path] = Field(description="file or folder")
+    json_output: bool = _flag(False, "print the differences as JSON", "json")
+
+
+class PinSettings(_Settings):
+    """Resolve every Hub id of a competition file that has no pin yet, and write revision and fingerprint into the file."""
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 competitions pin")
+
+    file: CliPositionalArg[Path] = Field(description="competition file; comments and layout stay as they are")
+    hub_endpoint: str = _flag(DEFAULT_HUB, "address of the Hub", "hub.endpoint")
 
 
 AnySettings = TypeVar("AnySettings", bound=_Settings)

@@ -16,8 +16,9 @@ from typing import Any
 
 from sn29.errors import Reason, Rejected
 from sn29.records import Commitment, Loss, Outcome, Weights
+from sn29.round_record import RoundRecord, decode, encode
 
-SCHEMA = 1
+SCHEMA = 2
 
 _TABLES = """
 create table meta(key text primary key, value text not null) strict;
@@ -56,7 +57,7 @@ class StoredRound:
 
     block: int
     plan: Mapping[str, Any]
-    record: Mapping[str, Any] | None
+    record: RoundRecord | None
 
 
 class Store:
@@ -177,9 +178,9 @@ class Store:
         with self._transaction() as db:
             db.execute("insert or ignore into round(block, plan) values (?, ?)", (block, json.dumps(plan)))
 
-    def finish_round(self, block: int, record: Mapping[str, Any], weights: Weights, standings: Iterable[Standing] = ()) -> None:
+    def finish_round(self, block: int, record: RoundRecord, weights: Weights, standings: Iterable[Standing] = ()) -> None:
         """Keeps the round's record, who stood where in it, and the weights it decided, in one step."""
-        kept = json.dumps(record, sort_keys=True)
+        kept = encode(record).decode()
         rows = [(block, x.competition, x.model, x.hotkey, x.weight) for x in standings]
         with self._transaction() as db:
             db.execute(
@@ -203,7 +204,14 @@ class Store:
     def rounds(self) -> tuple[StoredRound, ...]:
         """Every round with its record, oldest first: for reports, since it reads them all."""
         rows = self._db.execute("select block, plan, record from round order by block")
-        return tuple(StoredRound(row[0], json.loads(row[1]), json.loads(row[2]) if row[2] else None) for row in rows)
+        return tuple(StoredRound(row[0], json.loads(row[1]), decode(row[2].encode()) if row[2] else None) for row in rows)
+
+    def last_record(self, *, before: int) -> RoundRecord | None:
+        """Of the newest finished round before a block."""
+        text = self._value(
+            "select record from round where record is not null and block < ? order by block desc limit 1", (before,)
+        )
+        return decode(text.encode()) if text else None
 
     def open_rounds(self) -> tuple[StoredRound, ...]:
         """Rounds that were opened and not finished, oldest first."""

@@ -22,11 +22,13 @@ PARTS = {
     "sn29": "package",
     "sn29.records": "words",
     "sn29.errors": "words",
+    "sn29.round_record": "words",
     "sn29.rules": "rules",
     "sn29.chain": "chain",
     "sn29.hub": "hub",
     "sn29.corpus": "corpus",
     "sn29.store": "store",
+    "sn29.record_files": "record_files",
     "sn29.telemetry": "telemetry",
     "sn29.settings": "settings",
     "sn29.models": "numbers",
@@ -36,14 +38,20 @@ PARTS = {
     "sn29.examination": "stories",
     "sn29.round": "stories",
     "sn29.publication": "stories",
+    "sn29.replay": "stories",
+    "sn29.audit": "stories",
+    "sn29.explain": "stories",
     "sn29.submission": "stories",
+    "sn29.incentive": "stories",
     "sn29.localnet": "localnet",
     "sn29.report": "report",
     "sn29.cli": "cli",
+    "sn29.record_commands": "cli",
+    "sn29.competition_commands": "cli",
     "sn29.__main__": "cli",
     "neurons": "neurons",
 }
-ADAPTERS = {"chain", "hub", "corpus", "store", "telemetry"}
+ADAPTERS = {"chain", "hub", "corpus", "store", "record_files", "telemetry"}
 BELOW_STORIES = {"package", "words", "rules", "numbers"} | ADAPTERS
 
 # What each part may import besides itself. Adapters never import each other; settings are for programs only.
@@ -67,7 +75,7 @@ OWNERS = {
     "bittensor_wallet": {"sn29/chain.py", "sn29/localnet/ledger.py"},
     "huggingface_hub": {"sn29/hub.py"},
     "sqlite3": {"sn29/store.py", "sn29/localnet/ledger.py"},
-    "yaml": {"sn29/rules/competition.py"},
+    "yaml": {"sn29/rules/yaml_text.py"},
     "datasets": {"sn29/corpus.py"},
     "pyarrow": {"sn29/corpus.py", "sn29/localnet/text.py"},
     "tokenizers": {"sn29/models/tokenizer.py"},
@@ -75,7 +83,7 @@ OWNERS = {
     "loguru": {"sn29/telemetry.py"},
     "pydantic_settings": {"sn29/settings.py", "sn29/localnet/mischief.py"},
     "httpx2": {"sn29/hub.py"},
-    "matplotlib": {"sn29/report/pictures.py"},
+    "matplotlib": {"sn29/report/pictures.py", "sn29/incentive.py"},
 }
 
 # Rules are pure: what they may import from outside. No I/O, no clock, no randomness.

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,8 +22,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def sn29(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """A command in a process whose home is empty; fetched packages are shared."""
     command = [sys.executable, "-m", "sn29.cli", *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "COLUMNS": "200"})
+    with tempfile.TemporaryDirectory() as home:
+        cache = str(default_cache().parent)
+        env = {**os.environ, "COLUMNS": "200", "HOME": home, "XDG_CACHE_HOME": cache}
+        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
 
 
 def test_help_needs_nothing_heavy():

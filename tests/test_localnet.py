@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import neurons
+from sn29 import cli
 from sn29.chain import Chain, load_wallet
 from sn29.hub import Hub
 from sn29.localnet import demo, text
@@ -27,6 +28,7 @@ from sn29.submission import submit
 WINDOW = 4000  # blocks of 0.25 s: no window opens by itself while a test runs
 
 
+@pytest.mark.timeout(900)  # 130 s on two idle cores
 def test_the_demo_tells_its_story(tmp_path: Path) -> None:
     """Ten miners, two rounds, real processes; models of three training steps, so their quality is not asked about."""
     ended = demo.run(read(DemoSettings, ["--dir", str(tmp_path / "demo"), "--steps", "3", "--block-seconds", "0.5"]))
@@ -35,11 +37,11 @@ def test_the_demo_tells_its_story(tmp_path: Path) -> None:
     assert sum(ended.published.values()) == pytest.approx(1.0)
     first, second = ended.records
     alice = {name: hotkey for hotkey, name in ended.names.items()}["alice"]
-    blocks = [
-        next(o["block"] for o in record["competitions"]["c00"]["outcomes"] if o["hotkey"] == alice) for record in (first, second)
-    ]
-    assert blocks[0] < first["block"] <= blocks[1] < second["block"], "alice's second commitment is judged in the second round"
-    samples = [{s["id"] for s in record["competitions"]["c00"]["samples"]} for record in (first, second)]
+    blocks = [next(m.outcome.block for m in record.competitions["c00"].models if m.hotkey == alice) for record in (first, second)]
+    assert blocks[0] < first.head.block <= blocks[1] < second.head.block, (
+        "alice's second commitment is judged in the second round"
+    )
+    samples = [{s.id for s in record.competitions["c00"].samples} for record in (first, second)]
     assert samples[0] != samples[1]
     log = (ended.folder / "logs" / "validator.jsonl").read_text()
     assert log.count('"event": "remembered"') == 3, "final refusals are not looked into again"
@@ -117,14 +119,14 @@ def _start(localnet: Localnet, wallets: Path, state: Path, name: str, rounds: in
 
 
 def _until(one: demo.Running, event: str) -> None:
-    """Waits for an event of the process, at most 90 s."""
-    ends = time.monotonic() + 90
+    """Waits for an event of the process, at most 300 s."""
+    ends = time.monotonic() + 300
     while time.monotonic() < ends:
         if any(news["event"] == event for news in one.news()):
             return
         assert one.process.poll() is None, f"ended before {event}: {one.errors.read_text()[-2000:]}"
         time.sleep(0.01)
-    raise AssertionError(f"no {event} within 90 s: {one.errors.read_text()[-2000:]}")
+    raise AssertionError(f"no {event} within 300 s: {one.errors.read_text()[-2000:]}")
 
 
 async def _row(localnet: Localnet, wallets: Path, name: str) -> dict[str, float]:
@@ -133,11 +135,12 @@ async def _row(localnet: Localnet, wallets: Path, name: str) -> dict[str, float]
         return await chain.weights(hotkey)
 
 
+@pytest.mark.timeout(900)  # 100 s on two idle cores
 def test_a_validator_killed_at_every_stage_ends_where_an_undisturbed_one_does(subnet, tmp_path: Path) -> None:
     localnet, wallets = subnet
     calm = _start(localnet, wallets, tmp_path / "calm", "calm")
     measured = []
-    for stage in ("inspected", "samples", "fetched", "evaluated", "scored", "weights"):
+    for stage in ("inspected", "samples", "fetched", "evaluated", "scored"):  # scores are said when the round is kept
         one = _start(localnet, wallets, tmp_path / "killed", "killed")
         _until(one, stage)
         os.kill(one.process.pid, signal.SIGKILL)
@@ -148,7 +151,7 @@ def test_a_validator_killed_at_every_stage_ends_where_an_undisturbed_one_does(su
     _until(last, "published")
     last.process.terminate()
     assert last.process.wait(10) == 0, last.errors.read_text()[-2000:]
-    assert calm.process.wait(120) == 0, calm.errors.read_text()[-2000:]
+    assert calm.process.wait(300) == 0, calm.errors.read_text()[-2000:]
 
     rows = [asyncio.run(_row(localnet, wallets, name)) for name in ("calm", "killed")]
     assert rows[0] == rows[1]
@@ -157,4 +160,7 @@ def test_a_validator_killed_at_every_stage_ends_where_an_undisturbed_one_does(su
     records = [[r.record for r in store.rounds() if r.record] for store in stores]
     assert records[0] == records[1], "all that the round depends on, bit for bit"
     assert sum(measured) == stores[0].count_losses() == stores[1].count_losses(), "nothing that was stored is computed again"
+    files = [sorted((tmp_path / name / "records").iterdir()) for name in ("calm", "killed")]
+    assert [path.name for path in files[0]] == [path.name for path in files[1]]
+    assert cli.main(["replay", str(files[1][0])]) == 0, "the record gives the same bits again"
     assert [len(store.publications()) for store in stores] == [1, 1]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from neurons.adapters import Tokenizers, dataset_of, rules_of
+from neurons.adapters import Tokenizers, dataset_of, parse_texts, read_texts
 from sn29.chain import Chain, create_wallet
 from sn29.corpus import LocalFolder, draw
 from sn29.errors import Reason, Rejected, Unavailable
@@ -21,8 +21,10 @@ from sn29.localnet.hub import LoopbackHub
 from sn29.localnet.ledger import Ledger, LedgerSubstrate
 from sn29.models import checkpoint
 from sn29.publication import publish
-from sn29.records import Commitment, Loss, ModelId, Weights
+from sn29.records import Commitment, Head, Loss, ModelId, Weights
+from sn29.replay import compare, recompute
 from sn29.round import plan_round, run_round
+from sn29.round_record import RoundRecord, decode, encode
 from sn29.store import Store
 from sn29.submission import submit
 
@@ -71,7 +73,8 @@ class Subnet:
         return str(self.wallet(name).hotkey.ss58_address)
 
     def rules(self) -> Rules:
-        return rules_of(self.folder / "competitions")
+        read = parse_texts(read_texts(self.folder / "competitions"))
+        return Rules(read.files, read.hall_of_fame, read.hashes)
 
     def publish(self, name: str, folder: Path, digest: str | None = None) -> Commitment:
         """What a miner with its own tools does: upload, commit; the digest may lie."""
@@ -102,7 +105,7 @@ def subnet(tmp_path: Path) -> Iterator[Subnet]:
     (tmp_path / "competitions" / "c00.yaml").write_text(RULES)
     texts = [f"the text number {i} about the {word}" for i in range(10) for word in ("sea", "hills", "theatre")]
     pq.write_table(pa.table({"text": texts}), tmp_path / "competitions" / "text" / "a.parquet", row_group_size=5)
-    ledger = Ledger.create(tmp_path / "chain.db", netuid=NETUID, block_seconds=0.05, tempo=100_000, weights_rate_limit=0)
+    ledger = Ledger.create(tmp_path / "chain.db", netuid=NETUID, block_seconds=0.4, tempo=100_000, weights_rate_limit=0)
     with LoopbackHub(tmp_path / "hub") as hub:
         subnet = Subnet(tmp_path, hub, ledger)
         subnet.wallet("validator", validator=True)
@@ -127,7 +130,7 @@ def go(subnet: Subnet, state: str = "state", **machine):
     """One round by the validator with this state folder; (store, record of the round)."""
     store = Store(subnet.folder / state / "store.db")
     hub = Hub(subnet.hub.endpoint, timeout_s=2, attempts=1)
-    plain = Machine(subnet.folder / state / "models", "cpu", "float32", 1, 120, 60)
+    plain = Machine(subnet.folder / state / "models", subnet.folder / state / "records", "cpu", "float32", 1, 120, 60)
 
     async def turn() -> None:
         async with subnet.chain("validator") as chain:
@@ -145,7 +148,8 @@ def go(subnet: Subnet, state: str = "state", **machine):
 def reasons(subnet: Subnet, record) -> dict[str, str]:
     """Miner's name -> reason code or status."""
     names = {subnet.hotkey(path.name): path.name for path in (subnet.folder / "wallets").iterdir()}
-    return {names[o["hotkey"]]: o["reason"] or o["status"] for o in record["competitions"]["c00"]["outcomes"]}
+    outcomes = [m.outcome for m in record.competitions["c00"].models]
+    return {names[o.hotkey]: o.reason or o.status for o in outcomes}
 
 
 def test_one_hostile_repository_harms_nobody_else(subnet, model):
@@ -165,8 +169,8 @@ def test_one_hostile_repository_harms_nobody_else(subnet, model):
     assert reasons(subnet, record) == {
         "honest": "evaluated", "hostile": "tensors", "escape": "bad_config", "liar": "digest", "thief": "copy",
     }  # fmt: skip
-    assert record["weights"] == {subnet.hotkey("honest"): 1.0}
-    assert all(o["detail"].isprintable() for o in record["competitions"]["c00"]["outcomes"])
+    assert record.weights.by_hotkey == {subnet.hotkey("honest"): 1.0}
+    assert all(m.outcome.detail.isprintable() for m in record.competitions["c00"].models)
 
 
 def test_a_commitment_after_the_seed_block_waits_for_the_next_window(subnet, model):
@@ -210,7 +214,7 @@ def test_a_silent_hub_costs_a_miner_the_window_only_after_a_quarter_of_it(subnet
     subnet.ledger.advance(WINDOW // 4)
     _, record = go(subnet)
     assert reasons(subnet, record) == {"ann": "unavailable"}
-    assert record["weights"] == {}
+    assert record.weights.by_hotkey == {}
     subnet.hub.start = lambda: None  # stopped for good; the fixture's exit stops it again
     subnet.hub.stop = lambda: None
 
@@ -223,7 +227,7 @@ def test_an_opened_round_is_resumed_only_while_it_is_due(subnet, model):
     store.open_round(head - 5 * WINDOW, {"block": head - 5 * WINDOW, "rules": dict(subnet.rules().hashes), "windows": {}})
     store.close()
     _, record = go(subnet)
-    assert record["block"] == head
+    assert record.head.block == head
 
 
 def test_a_checkpoint_that_nobody_commits_to_is_deleted(subnet, model):
@@ -237,6 +241,34 @@ def test_a_checkpoint_that_nobody_commits_to_is_deleted(subnet, model):
     assert first.isdisjoint(path.name for path in (subnet.folder / "state" / "models").iterdir())
 
 
+def test_under_champion_memory_is_carried_and_a_repeated_commitment_makes_nobody_younger(subnet, model):
+    """Three rounds; every record replays to the same bits, and the holder's claim keeps its first block."""
+    path = subnet.folder / "competitions" / "c00.yaml"
+    text = path.read_text()
+    path.write_text(text[: text.index("scoring:")] + "scoring: {rule: champion}\n" + text[text.index("pool:") :])
+    holder = model(seed=1)
+    subnet.publish("holder", holder)
+    subnet.next_window()
+    _, first = go(subnet)
+    subnet.publish("other", model(seed=2))
+    subnet.publish("holder", holder)
+    subnet.next_window()
+    _, second = go(subnet)
+    subnet.next_window()
+    _, third = go(subnet)
+    kept = [record.competitions["c00"] for record in (first, second, third)]
+    blocks = [next(m for m in k.models if m.hotkey == subnet.hotkey("holder")) for k in kept]
+    assert blocks[0].outcome.block < blocks[1].outcome.block, "the chain has the newer commitment"
+    assert blocks[0].entry == blocks[1].entry == blocks[2].entry, "the claim is as old as it was"
+    assert kept[1].memory_before == kept[0].memory_after
+    assert kept[2].memory_before == kept[1].memory_after
+    assert kept[2].duels[0]["num_samples"] > kept[1].duels[0]["num_samples"], "evidence adds up"
+    for record in (first, second, third):
+        assert compare(record, recompute(record)) is None
+        assert decode(encode(record)) == record
+    assert len(list((subnet.folder / "state" / "records").iterdir())) == 3
+
+
 def test_what_makes_a_model_unfit_is_decided_over_the_whole_window():
     lost = Loss("a", float("inf"), 3, "round_trip")
     good = Loss("b", 10.0, 3, "")
@@ -244,6 +276,11 @@ def test_what_makes_a_model_unfit_is_decided_over_the_whole_window():
     assert unfit([lost, lost, good], 1).reason is Reason.ROUND_TRIP
     assert unfit([lost], 1).reason is Reason.NOT_FINITE
     assert unfit([], 1) is None
+
+
+def empty(block: int, weights: Weights) -> RoundRecord:
+    """The record of a round without a competition."""
+    return RoundRecord(Head(block, "0x" + "0" * 64), {}, (), {}, (), None, weights, {}, {})
 
 
 # --- publication ------------------------------------------------------------------------------------------------------
@@ -258,7 +295,7 @@ def test_weights_are_set_once_however_often_they_are_looked_at(subnet):
         async with subnet.chain("validator") as chain:
             nothing = await publish(chain, store)
             store.open_round(10, {})
-            store.finish_round(10, {}, weights)
+            store.finish_round(10, empty(10, weights), weights)
             return [nothing, await publish(chain, store), await publish(chain, store)]
 
     assert asyncio.run(story()) == [False, True, False]
@@ -271,7 +308,7 @@ def test_a_set_that_landed_unseen_is_found_and_not_repeated(subnet):
     subnet.wallet("ann")
     weights = Weights(subnet.ledger.head(), {subnet.hotkey("ann"): 1.0})
     store.open_round(weights.block, {})
-    store.finish_round(weights.block, {}, weights)
+    store.finish_round(weights.block, empty(weights.block, weights), weights)
 
     async def story() -> tuple[int, int]:
         async with subnet.chain("validator") as chain:
@@ -288,7 +325,8 @@ def test_a_set_that_landed_unseen_is_found_and_not_repeated(subnet):
 def test_an_unregistered_validator_is_told_so(subnet):
     store = Store(subnet.folder / "state" / "store.db")
     store.open_round(10, {})
-    store.finish_round(10, {}, Weights(10, {subnet.hotkey("validator"): 1.0}))
+    weights = Weights(10, {subnet.hotkey("validator"): 1.0})
+    store.finish_round(10, empty(10, weights), weights)
     create_wallet("stranger", "default", subnet.folder / "wallets")
 
     async def story() -> None:
@@ -306,7 +344,7 @@ def test_an_unregistered_validator_is_told_so(subnet):
 def test_a_model_is_private_until_its_commitment_stands(subnet, model):
     """The Hub's own log: nobody but the owner is served a file of the repository before the commitment's block."""
     hub = Hub(subnet.hub.endpoint, token=subnet.hub.add_user("ann"))
-    competition = subnet.rules().competitions["c00"]
+    competition = subnet.rules().at("c00", 0)
 
     async def story() -> Commitment:
         async with subnet.chain("ann") as chain:
@@ -324,7 +362,7 @@ def test_a_model_is_private_until_its_commitment_stands(subnet, model):
 
 def test_a_model_that_breaks_a_rule_is_neither_committed_nor_shown(subnet, model):
     hub = Hub(subnet.hub.endpoint, token=subnet.hub.add_user("ann"))
-    competition = subnet.rules().competitions["c00"]
+    competition = subnet.rules().at("c00", 0)
     subnet.wallet("ann")
 
     async def story() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from sn29.errors import Reason, Rejected
-from sn29.records import Commitment, Loss, ModelId, Outcome, Weights
-from sn29.store import Store
+from sn29.records import Commitment, Head, Loss, ModelId, Outcome, Weights
+from sn29.round_record import RoundRecord
+from sn29.store import Standing, Store
 
 COMMITMENT = Commitment("5Alice", 7, ModelId("alice", "model", "a" * 40), "A" * 43 + "=", "c00")
 
@@ -72,13 +73,20 @@ def test_a_round_is_open_until_its_record_is_kept(store, tmp_path):
     assert [(r.block, r.plan["windows"]) for r in store.open_rounds()] == [(360, {})]
     assert store.weights() is None
     assert store.last_finished() is None
-    store.finish_round(360, {"schema": 1}, Weights(360, {"5Alice": 1.0}))
+    weights = Weights(360, {"5Alice": 1.0})
+    record = RoundRecord(Head(360, "0x" + "0" * 64), {}, (), {}, ("5Alice",), None, weights, {}, {})
+    store.finish_round(360, record, weights, [Standing("c00", "alice/model@1", "5Alice", 1.0)])
     store.open_round(720, {"block": 720, "windows": {}})
     store = reopened(store, tmp_path)
     assert [r.block for r in store.open_rounds()] == [720]
     assert store.last_finished() == 360
     assert store.weights() == Weights(360, {"5Alice": 1.0})
     assert store.weights(before=360) is None
+    assert store.rounds()[0].record == record == store.last_record(before=720)
+    assert store.last_record(before=360) is None
+    assert store.last_evaluated("c00") == {"alice/model@1": 360}
+    assert store.last_standing("c00", before=720) == {"5Alice": 1.0}
+    assert store.last_standing("c00", before=360) == {}
     store.keep_publication(400, Weights(360, {"5Alice": 1.0}))
     assert store.publications() == ((400, Weights(360, {"5Alice": 1.0})),)
 

@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from sn29.errors import Reason, Rejected, Unavailable
 from sn29.localnet import text
 from sn29.localnet.ledger import Ledger, LedgerSubstrate
 from sn29.localnet.network import MAX_CHARS, NETUID, TRAINING_FILES, WINDOW_BLOCKS, Localnet, prepare
+from sn29.records import Outcome, Score
+from sn29.round_record import RoundRecord
 from sn29.settings import DemoSettings, default_cache
 from sn29.store import Store
 
@@ -103,7 +105,7 @@ class Ended:
 
     folder: Path
     crew: tuple[Miner, ...]
-    records: tuple[Mapping[str, Any], ...]
+    records: tuple[RoundRecord, ...]
     published: Mapping[str, float]
     """Weights on chain at the end, by hotkey."""
     names: Mapping[str, str]
@@ -398,7 +400,7 @@ async def _weights_on_chain(localnet: Localnet, hotkey: str) -> dict[str, float]
         return await chain.weights(hotkey)
 
 
-def unigram(texts: text.Texts, record: Mapping[str, Any]) -> dict[str, float]:
+def unigram(texts: text.Texts, record: RoundRecord) -> dict[str, float]:
     """Bits per byte of a unigram model with add-one smoothing, fitted on all training text, on the samples of a record."""
     from sn29.corpus import capped, documents
     from sn29.models.tokenizer import Tokenizer
@@ -411,30 +413,39 @@ def unigram(texts: text.Texts, record: Mapping[str, Any]) -> dict[str, float]:
         training = documents(sorted(texts.dataset.glob(TRAINING_FILES)), "text", seed=0)
         counts = Counter(i for ids in tokenizer.encode_batch(list(training)) for i in ids)
         total = sum(counts.values()) + tokenizer.largest_id() + 1
-        samples = [evaluation[s["id"]] for s in record["competitions"][name]["samples"]]
+        samples = [evaluation[s.id] for s in record.competitions[name].samples]
         nats = -sum(math.log((counts[i] + 1) / total) for ids in tokenizer.encode_batch(samples) for i in ids)
         found[name] = nats / math.log(2) / sum(len(s.encode()) for s in samples)
     return found
 
 
-def rows(ended: Ended) -> dict[str, dict[str, Any]]:
-    """Hotkey -> what the last round says: outcome, loss per sample in nats, bits per byte, wins, weight on chain."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One miner at the end: what the last round says of it."""
+
+    outcome: Outcome
+    weight: float
+    """On chain."""
+    score: Score | None = None
+    loss: float = math.inf
+    """Nats per sample."""
+    bits_per_byte: float = math.inf
+
+
+def rows(ended: Ended) -> dict[str, Row]:
+    """By hotkey."""
     record = ended.records[-1]
-    found: dict[str, dict[str, Any]] = {}
-    for outcome in record["no_competition"]:
-        found[outcome["hotkey"]] = {"outcome": outcome}
-    for part in record["competitions"].values():
-        num_bytes = sum(s["bytes"] for s in part["samples"])
-        for outcome in part["outcomes"]:
-            found[outcome["hotkey"]] = {"outcome": outcome}
-        for score in part["scores"]:
-            nats = [math.inf if row[0] is None else row[0] for row in part["losses"][score["hotkey"]]]
-            found[score["hotkey"]] |= {
-                "loss": sum(nats) / len(nats), "bpb": sum(nats) / math.log(2) / num_bytes,
-                "wins": score["wins"], "win_rate": score["win_rate"],
-            }  # fmt: skip
-    for hotkey, row in found.items():
-        row["weight"] = ended.published.get(hotkey, 0.0)
+    found = {o.hotkey: Row(o, ended.published.get(o.hotkey, 0.0)) for o in record.no_competition}
+    for kept in record.competitions.values():
+        num_bytes = sum(s.num_bytes for s in kept.samples)
+        scores = {s.hotkey: s for s in kept.scores}
+        for model in kept.models:
+            row = Row(model.outcome, ended.published.get(model.hotkey, 0.0))
+            if model.evaluated:
+                nats = sum(model.losses)
+                bits = nats / math.log(2) / num_bytes
+                row = replace(row, score=scores[model.hotkey], loss=nats / len(kept.samples), bits_per_byte=bits)
+            found[model.hotkey] = row
     return found
 
 
@@ -447,9 +458,9 @@ def show_table(console: Console, ended: Ended) -> None:
     found, hotkey_of = rows(ended), {name: hotkey for hotkey, name in ended.names.items()}
     for miner in ended.crew:
         row = found[hotkey_of[miner.name]]
-        figures = (f"{row['loss']:.1f}", f"{row['bpb']:.3f}", f"{row['wins']:g}") if "loss" in row else ("", "", "")
-        said = _outcome_line(row["outcome"], ended.names)
-        table.add_row(miner.name, miner.competition, said, *figures, f"{row['weight']:.4f}")
+        figures = (f"{row.loss:.1f}", f"{row.bits_per_byte:.3f}", f"{row.score.wins:g}") if row.score else ("", "", "")
+        said = _outcome_line(row.outcome, ended.names)
+        table.add_row(miner.name, miner.competition, said, *figures, f"{row.weight:.4f}")
     console.print(table)
     for name, curve in ended.curves.items():
         if len(curve) > 20:
@@ -459,15 +470,15 @@ def show_table(console: Console, ended: Ended) -> None:
         console.print(f"  {name}: a unigram model of the training text needs {bits:.3f} bits a byte on the same samples")
 
 
-def _outcome_line(outcome: Mapping[str, Any], names: Mapping[str, str]) -> str:
+def _outcome_line(outcome: Outcome, names: Mapping[str, str]) -> str:
     """Outcome, reason and both values in one cell; hotkeys by name, long hashes cut."""
-    if outcome["status"] == "evaluated":
+    if outcome.status == "evaluated":
         return "[green]evaluated[/green]"
-    values = f"{outcome['got'] or outcome['detail']} / {outcome['limit']}"
+    values = f"{outcome.got or outcome.detail} / {outcome.limit}"
     for hotkey, name in names.items():
         values = values.replace(hotkey, name)
     values = escape(re.sub(r"[0-9a-f]{40,64}", lambda found: found[0][:8] + "...", values))
-    return f"[red]{outcome['status']}[/red] {outcome['reason']}: {values}"
+    return f"[red]{outcome.status}[/red] {outcome.reason}: {values}"
 
 
 def check_outcomes(ended: Ended) -> None:
@@ -475,11 +486,11 @@ def check_outcomes(ended: Ended) -> None:
     found, hotkey_of = rows(ended), {name: hotkey for hotkey, name in ended.names.items()}
     for miner in ended.crew:
         row = found[hotkey_of[miner.name]]
-        got = row["outcome"]["reason"] or row["outcome"]["status"]
+        got = row.outcome.reason or row.outcome.status
         if got != miner.expected:
             raise RuntimeError(f"{miner.name}: {got} instead of {miner.expected}")
-        if miner.expected != "evaluated" and row["weight"] > 0:
-            raise RuntimeError(f"{miner.name}: refused, but weight {row['weight']}")
+        if miner.expected != "evaluated" and row.weight > 0:
+            raise RuntimeError(f"{miner.name}: refused, but weight {row.weight}")
 
 
 def learnt(curve: list[dict[str, float]]) -> tuple[float, float]:
@@ -497,5 +508,5 @@ def check_training(ended: Ended) -> None:
     found, hotkey_of = rows(ended), {name: hotkey for hotkey, name in ended.names.items()}
     for miner in ended.crew:
         row, limit = found[hotkey_of[miner.name]], ended.unigram[miner.competition]
-        if miner.expected == "evaluated" and not row["bpb"] < limit:
-            raise RuntimeError(f"{miner.name}: {row['bpb']:.3f} bits a byte, not below a unigram model's {limit:.3f}")
+        if miner.expected == "evaluated" and not row.bits_per_byte < limit:
+            raise RuntimeError(f"{miner.name}: {row.bits_per_byte:.3f} bits a byte, not below a unigram model's {limit:.3f}")

@@ -30,7 +30,8 @@ WINDOW_BLOCKS = 360
 MAX_CHARS = 1200
 
 _COMPETITION = """\
-# Written by sn29 for a localnet: the rules of competitions/{name}.yaml with small numbers.
+# Written by sn29 for a localnet: {name} with small numbers. Sixty samples are too few for the rule champion to be sure of
+# anything in two rounds, so the reference's rule decides here.
 reward_share: 0.5
 families: [{families}]
 tokenizer: {{{tokenizer}}}

@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from sn29.report import markup, pictures
 from sn29.report.markup import text
 from sn29.report.pictures import Line
 from sn29.report.style import GREY, css
+from sn29.round_record import CompetitionRecord, RoundRecord
+from sn29.rules.competition import competition_of
+from sn29.rules.scoring import win_matrix
 
 Record = Mapping[str, Any]
 """A round as `round.run_round` keeps it, read back from JSON."""
@@ -68,6 +71,41 @@ def write_page(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(part for part in parts if part) + "\n</body>\n</html>\n", encoding="utf-8")
     return path
+
+
+def shown(record: RoundRecord) -> Record:
+    """What the page shows of a round's record."""
+    return {
+        "block": record.head.block,
+        "versions": dict(record.versions),
+        "machine": dict(record.machine),
+        "rules": {name: kept.file_sha256 for name, kept in record.competitions.items()},
+        "no_competition": [asdict(outcome) for outcome in record.no_competition],
+        "competitions": {name: _shown_competition(name, kept) for name, kept in record.competitions.items()},
+        "weights": dict(record.weights.by_hotkey),
+    }
+
+
+def _shown_competition(name: str, kept: CompetitionRecord) -> Record:
+    rule = competition_of(f"recorded {name}", name, {k: v for k, v in kept.parameters.items() if k != "name"}).scoring
+    matrix = win_matrix(kept.losses, {m.hotkey: m.outcome.block for m in kept.models}, kept.window.seed.block, rule)
+    losses = {}
+    for model in kept.models:
+        reasons = iter(model.unscored)
+        rows = ([None, 0, next(reasons)] if loss == math.inf else [loss, 0, ""] for loss in model.losses)
+        losses.update({model.hotkey: list(rows)} if model.evaluated else {})
+    return {
+        "window": asdict(kept.window),
+        "samples": [{"id": s.id, "bytes": s.num_bytes} for s in kept.samples],
+        "outcomes": [asdict(m.outcome) for m in kept.models],
+        "losses": losses,
+        "scores": [asdict(s) for s in kept.scores if s.hotkey in losses],
+        "win_matrix": {
+            "hotkeys": list(matrix.hotkeys),
+            "wins": matrix.wins,
+            "wins_with_advantage": matrix.wins_with_advantage,
+        },
+    }
 
 
 # ---- who is who ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Competitions and the hall of fame, read from YAML. The only owner of `yaml`.
+"""Competitions and the hall of fame, read from YAML.
 
 A competition is one file, `competitions/<name>.yaml`; adding the file registers the competition. Whatever is wrong
 with a file is said when it is read, in one line that names the file, the field, what stands there and what the rule
@@ -7,101 +7,50 @@ asks for.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from sn29.errors import Reason, Rejected
 from sn29.records import ModelFacts
+from sn29.rules.fields import (
+    Fingerprint,
+    Glob,
+    Hotkey,
+    HubId,
+    Number,
+    Revision,
+    Section,
+    Weight,
+    WholeNumber,
+    Words,
+    broken,
+    validate,
+)
+from sn29.rules.scoring_fields import Advantage as Advantage
+from sn29.rules.scoring_fields import Champion, OldestHolder
+from sn29.rules.scoring_fields import Scoring as Scoring
+from sn29.rules.yaml_text import load
 
 SHARE_TOLERANCE = 1e-9
 """By how much the reward shares of all competitions together may miss 1: room for float addition, not for a typing
 error."""
 
+SCHEDULE_FIELDS = ("clock", "changes", "overrides")
+"""Fields of a file that say when its rules change and for whom: `rules.schedule` reads them."""
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,15}")
-_MAX_SHOWN = 80
-
-
-# ---- values ----------------------------------------------------------------------------------------------------------
-
-
-def _broken(got: object, rule: str) -> PydanticCustomError:
-    return PydanticCustomError("rule", "{rule}", {"got": got, "rule": rule})
-
-
-def _number(value: object) -> float | int:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _broken(value, "a number")
-    if not math.isfinite(value):
-        raise _broken(value, "a finite number")
-    return value
-
-
-def _whole_number(value: object) -> int:
-    number = _number(value)
-    if number != int(number):
-        raise _broken(value, "a whole number")
-    return int(number)
-
-
-def _matching(pattern: str, rule: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if not re.fullmatch(pattern, value):
-            raise _broken(value, rule)
-        return value
-
-    return AfterValidator(check)
-
-
-Number = Annotated[float, BeforeValidator(_number)]
-WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
-HubId = Annotated[str, _matching(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", "a Hub id: owner/name")]
-Revision = Annotated[str, _matching("[0-9a-f]{40}", "a commit sha of 40 hex digits in lower case, in quotes")]
-Fingerprint = Annotated[str, _matching("[0-9a-f]{64}", "a sha256 of 64 hex digits in lower case, in quotes")]
-Hotkey = Annotated[str, _matching("[1-9A-HJ-NP-Za-km-z]{47,48}", "a hotkey: an ss58 address")]
-Glob = Annotated[str, _matching(r"(?!/)(?!.*\.\.)[^\\\s]+", "a file pattern inside the data set, such as data/*.parquet")]
-Words = Annotated[str, Field(min_length=1)]
-
-
-class _Section(BaseModel):
-    """Frozen; a field that is not known is an error, and one that is missing too."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_known_fields(cls, data: Any) -> Any:
-        known = ", ".join(field for field in cls.model_fields if field != "name")
-        if not isinstance(data, Mapping):
-            raise _broken(data, f"a mapping with the fields {known}")
-        unknown = [str(key) for key in data if key not in cls.model_fields]
-        if unknown:
-            raise _broken(f"the field {unknown[0]}", f"one of {known}")
-        return data
-
-
-_Record = TypeVar("_Record", bound=_Section)
 
 
 # ---- a competition ---------------------------------------------------------------------------------------------------
 
 
-class FixedTokenizer(_Section):
+class FixedTokenizer(Section):
     """Every model reads its text through this tokenizer; its own, if it has one, is not looked at."""
 
     hub: HubId
@@ -116,16 +65,18 @@ class FixedTokenizer(_Section):
     too."""
 
 
-class FreeTokenizer(_Section):
+class FreeTokenizer(Section):
     """Every model brings its own tokenizer."""
 
     free: Literal[True]
     start_token: Annotated[WholeNumber, Field(ge=0)] | None = None
     """Id of the token that stands in front of every text, for all models; left out: the one that a model's config
     names."""
+    default: FixedTokenizer | None = None
+    """What a model reads through that brings none. Left out: such a model is refused. See `tokenizer_for`."""
 
 
-class HubDataset(_Section):
+class HubDataset(Section):
     """Evaluation text from parquet files of a Hub data set."""
 
     hub: HubId
@@ -135,9 +86,11 @@ class HubDataset(_Section):
     """Pattern of the parquet files inside the data set."""
     column: Words
     """Name of the column that holds the text."""
+    weight: Weight = 1.0
+    """This data set's part of a window's samples, in proportion to the weights of all: see `samples_per_dataset`."""
 
 
-class FolderDataset(_Section):
+class FolderDataset(Section):
     """Evaluation text from parquet files in a folder of this machine: for localnet and for trying things out."""
 
     folder: Words
@@ -145,13 +98,17 @@ class FolderDataset(_Section):
     """Pattern of the parquet files inside the folder."""
     column: Words
     """Name of the column that holds the text."""
+    weight: Weight = 1.0
+    """This data set's part of a window's samples, in proportion to the weights of all: see `samples_per_dataset`."""
 
 
-class Limits(_Section):
-    """What a model may be at most. A value equal to the limit is allowed."""
+class Limits(Section):
+    """What a model may be. A value equal to the limit is allowed."""
 
     parameters: Annotated[WholeNumber, Field(gt=0)]
-    """Elements of all tensors in the safetensors headers."""
+    """Elements of all tensors in the safetensors headers, at most."""
+    min_parameters: Annotated[WholeNumber, Field(ge=0)] = 0
+    """The same, at least."""
     bytes: Annotated[WholeNumber, Field(gt=0)]
     """All files of the repository together, in bytes."""
     max_tokens: Annotated[WholeNumber, Field(gt=0)]
@@ -162,7 +119,7 @@ class Limits(_Section):
     """Samples per window that a tokenizer may fail to give back unchanged; with one more the model is refused."""
 
 
-class Samples(_Section):
+class Samples(Section):
     """How many texts decide, and for how long."""
 
     count: Annotated[WholeNumber, Field(gt=0)]
@@ -171,31 +128,15 @@ class Samples(_Section):
     """Length of a window in blocks of 12 s. Each window draws its samples anew."""
 
 
-class Advantage(_Section):
-    """By how much a later model must be better: `initial * decay_per_epoch ** (age in epochs)` of the earlier one's
-    loss."""
+@dataclass(frozen=True, slots=True)
+class WhenEmpty:
+    """What becomes of a competition's share in a round in which it has no valid model: see `rules.weights.combine`."""
 
-    initial: Annotated[Number, Field(ge=0, lt=1)]
-    """Fraction of the loss by which a later model must be better than one committed this very block."""
-    decay_per_epoch: Annotated[Number, Field(gt=0, le=1)]
-    """What is left of the advantage after one more epoch of age, as a fraction."""
-    blocks_per_epoch: Annotated[WholeNumber, Field(gt=0)]
-    """Length of an epoch in blocks."""
+    policy: Literal["share", "hold", "burn"] = "share"
+    burn_hotkey: str = ""
 
 
-class Scoring(_Section):
-    """How losses become shares of the competition's reward."""
-
-    rule: Literal["oldest_holder"]
-    """See `rules.scoring.oldest_holder`."""
-    group: Annotated[WholeNumber, Field(gt=0)]
-    """Samples whose losses are added up to decide one win."""
-    skew: Annotated[Number, Field(gt=0, le=16)]
-    """Exponent on the win rate: 1 pays in proportion to wins, more favours the best."""
-    advantage: Advantage
-
-
-class Pool(_Section):
+class Pool(Section):
     """How many models of the competition are evaluated in one round at most: `keep + pending`."""
 
     keep: Annotated[WholeNumber, Field(gt=0)]
@@ -212,8 +153,15 @@ def _kind(key: str, with_key: str, without_key: str) -> Discriminator:
     return Discriminator(choose)
 
 
-class Competition(_Section):
+Dataset = Annotated[
+    Annotated[FolderDataset, Tag("<folder>")] | Annotated[HubDataset, Tag("<hub>")], _kind("folder", "<folder>", "<hub>")
+]
+
+
+class Competition(Section):
     """The rules for one prize."""
+
+    also: ClassVar[tuple[str, ...]] = ("dataset", *SCHEDULE_FIELDS)
 
     name: Words
     """The file's name without `.yaml`, as commitments spell it. Not a field of the file."""
@@ -226,20 +174,44 @@ class Competition(_Section):
         _kind("free", "<free>", "<fixed>"),
     ]
     limits: Limits
-    dataset: Annotated[
-        Annotated[FolderDataset, Tag("<folder>")] | Annotated[HubDataset, Tag("<hub>")],
-        _kind("folder", "<folder>", "<hub>"),
-    ]
+    datasets: tuple[Dataset, ...]
+    """Where the samples come from. A file may say `dataset: {...}` for `datasets: [{...}]`."""
     samples: Samples
-    scoring: Scoring
+    scoring: Scoring = Champion()
     pool: Pool
+    grace_blocks: Annotated[WholeNumber, Field(ge=0)] = 0
+    """For how many blocks after a change a model that was committed before it may still be what it was allowed to be:
+    see `rules.schedule.rules_for`."""
+    when_empty: Literal["share", "hold", "burn"] = "share"
+    """Without a valid model the competition's share goes to the other competitions' models (share), stays with the
+    last weights (hold), or goes to `burn_hotkey` (burn)."""
+    burn_hotkey: Hotkey | None = None
+    """Who gets the share with `when_empty: burn`: the subnet owner's hotkey, whose emission the chain burns."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_dataset_is_a_list_of_one(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or "dataset" not in data:
+            return data
+        if "datasets" in data:
+            raise broken("dataset and datasets", "one of the two")
+        return {"datasets" if key == "dataset" else key: [v] if key == "dataset" else v for key, v in data.items()}
 
     @model_validator(mode="after")
     def _fits_together(self) -> Competition:
         if not self.families or len(set(self.families)) != len(self.families):
-            raise _broken(f"families {list(self.families)}", "at least one, and each once")
-        if self.samples.count < self.scoring.group:
-            raise _broken(f"samples.count {self.samples.count}", f"at least scoring.group, {self.scoring.group}")
+            raise broken(f"families {list(self.families)}", "at least one, and each once")
+        if self.limits.min_parameters > self.limits.parameters:
+            raise broken(f"limits.min_parameters {self.limits.min_parameters:,}", f"at most {self.limits.parameters:,}")
+        if not self.datasets:
+            raise broken("datasets []", "at least one")
+        if 0 in samples_per_dataset(self):
+            got = " + ".join(map(str, samples_per_dataset(self)))
+            raise broken(f"samples.count {self.samples.count} = {got}", "at least one sample of every data set")
+        if (self.when_empty == "burn") != (self.burn_hotkey is not None):
+            raise broken(f"when_empty {self.when_empty}, burn_hotkey {self.burn_hotkey}", "burn and its hotkey, or neither")
+        if isinstance(self.scoring, OldestHolder) and self.samples.count < self.scoring.group:
+            raise broken(f"samples.count {self.samples.count}", f"at least scoring.group, {self.scoring.group}")
         return self
 
     @property
@@ -249,33 +221,86 @@ class Competition(_Section):
         A fixed tokenizer's revision is not among them: its fingerprint pins the content wherever it is fetched from.
         """
         found = []
-        if isinstance(self.tokenizer, FixedTokenizer) and self.tokenizer.fingerprint is None:
-            found.append("tokenizer.fingerprint")
-        if isinstance(self.dataset, FolderDataset):
-            found.append("dataset.folder")
-        elif self.dataset.revision is None:
-            found.append("dataset.revision")
+        default = self.tokenizer.default if isinstance(self.tokenizer, FreeTokenizer) else self.tokenizer
+        if default is not None and default.fingerprint is None:
+            found.append("tokenizer.fingerprint" if default is self.tokenizer else "tokenizer.default.fingerprint")
+        for index, dataset in enumerate(self.datasets):
+            name = "dataset" if len(self.datasets) == 1 else f"datasets.{index}"
+            if isinstance(dataset, FolderDataset):
+                found.append(f"{name}.folder")
+            elif dataset.revision is None:
+                found.append(f"{name}.revision")
         return tuple(found)
+
+    @property
+    def dataset(self) -> HubDataset | FolderDataset:
+        """The first data set: the one whose text a miner trains on unless told otherwise."""
+        return self.datasets[0]
+
+    @property
+    def on_empty(self) -> WhenEmpty:
+        """For `rules.weights.combine`."""
+        return WhenEmpty(self.when_empty, self.burn_hotkey or "")
+
+    @property
+    def id(self) -> str:
+        """sha256 hex of every value in force, defaults included: a verdict holds for exactly these rules.
+
+        A file's own hash would not do: the same file means something else after each of its changes.
+        """
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def samples_per_dataset(competition: Competition) -> tuple[int, ...]:
+    """How many of a window's samples each data set gives, in the order of `datasets`; sums to `samples.count`.
+
+    Largest remainder: count * weight / (sum of weights) rounded down, then one more for the largest fractions, the
+    earlier data set first among equals. Weights 0.30, 0.35, 0.35 of 10 samples are 3, 3.5, 3.5: so 3, 4, 3.
+    """
+    weights, count = [d.weight for d in competition.datasets], competition.samples.count
+    total = math.fsum(weights)
+    quotas = [count * weight / total for weight in weights]
+    shares = [math.floor(quota) for quota in quotas]
+    order = sorted(range(len(weights)), key=lambda i: (shares[i] - quotas[i], i))
+    for index in order[: count - sum(shares)]:
+        shares[index] += 1
+    return tuple(shares)
+
+
+def tokenizer_for(competition: Competition, has_own: bool) -> FixedTokenizer | None:
+    """What a model reads its text through that has, or has not, a tokenizer.json; None: that one."""
+    if isinstance(competition.tokenizer, FixedTokenizer):
+        return competition.tokenizer
+    return None if has_own else competition.tokenizer.default
+
+
+def named_start_token(competition: Competition, has_own: bool) -> int | None:
+    """Id of the token in front of every text as the rules name it; None: the one that the model's config names."""
+    fixed, named = tokenizer_for(competition, has_own), competition.tokenizer.start_token
+    return fixed.start_token if fixed is not None and named is None else named
 
 
 def violations(competition: Competition, facts: ModelFacts, largest_id: int | None = None) -> tuple[Rejected, ...]:
     """Every rule of the competition that a model breaks by its metadata; empty when it may be evaluated.
 
-    `largest_id` is the largest id of the competition's own tokenizer; None for a free one, whose ids only the
-    evaluation sees.
+    `largest_id` is the largest id of `tokenizer_for` this model; None when it reads through its own, whose ids only
+    the evaluation sees. A model that was committed under older rules is judged by `rules.schedule.rules_for`.
     """
-    limits, tokenizer = competition.limits, competition.tokenizer
+    limits = competition.limits
     found = []
     if facts.family not in competition.families:
         found.append((Reason.FAMILY, facts.family, " or ".join(competition.families), "families"))
     if facts.num_parameters > limits.parameters:
         got, limit = f"{facts.num_parameters:,}", f"at most {limits.parameters:,}"
         found.append((Reason.PARAMETERS, got, limit, "limits.parameters"))
+    if facts.num_parameters < limits.min_parameters:
+        got, limit = f"{facts.num_parameters:,}", f"at least {limits.min_parameters:,}"
+        found.append((Reason.PARAMETERS, got, limit, "limits.min_parameters"))
     if facts.num_bytes > limits.bytes:
         found.append((Reason.TOO_LARGE, f"{facts.num_bytes:,} bytes", f"at most {limits.bytes:,} bytes", "limits.bytes"))
-    if isinstance(tokenizer, FreeTokenizer) and not facts.has_tokenizer:
+    if tokenizer_for(competition, facts.has_tokenizer) is None and not facts.has_tokenizer:
         found.append((Reason.TOKENIZER, "no tokenizer.json", "a tokenizer in the repository", "tokenizer.free"))
-    needed = max((i for i in (largest_id, tokenizer.start_token) if i is not None), default=-1)
+    needed = max((i for i in (largest_id, named_start_token(competition, facts.has_tokenizer)) if i is not None), default=-1)
     if needed >= facts.vocab_size:
         got, limit = f"{facts.vocab_size} rows", f"at least {needed + 1}: the ids go up to {needed}"
         found.append((Reason.VOCABULARY, got, limit, "tokenizer"))
@@ -285,7 +310,7 @@ def violations(competition: Competition, facts: ModelFacts, largest_id: int | No
 # ---- the hall of fame ------------------------------------------------------------------------------------------------
 
 
-class HallOfFameEntry(_Section):
+class HallOfFameEntry(Section):
     """A reward for something other than a model, paid out over time."""
 
     hotkey: Hotkey
@@ -300,7 +325,7 @@ class HallOfFameEntry(_Section):
     """Where that can be checked."""
 
 
-class HallOfFame(_Section):
+class HallOfFame(Section):
     """Entries and the speed at which they are paid: see `rules.weights.hall_of_fame_shares`."""
 
     max_fraction: Annotated[Number, Field(ge=0, le=1)]
@@ -316,19 +341,33 @@ class HallOfFame(_Section):
 
 
 def parse_competition(name: str, text: str) -> Competition:
-    """The competition `name`, from the text of `<name>.yaml`. Raises Rejected(COMPETITION_FILE)."""
+    """The competition `name` before any of its changes, from the text of `<name>.yaml`; `schedule.parse_file` reads all.
+
+    Raises Rejected(COMPETITION_FILE).
+    """
+    data = read_fields(name, text)
+    return competition_of(f"{name}.yaml", name, {key: value for key, value in data.items() if key not in SCHEDULE_FIELDS})
+
+
+def competition_of(where: str, name: str, fields: Mapping[str, object]) -> Competition:
+    """The record of these fields; `where` begins every complaint. Raises Rejected(COMPETITION_FILE)."""
+    return validate(Competition, where, {**fields, "name": name})
+
+
+def read_fields(name: str, text: str) -> dict[str, object]:
+    """The fields of `<name>.yaml`, not looked at yet. Raises Rejected(COMPETITION_FILE) for a bad name, or no YAML."""
     where = f"{name}.yaml"
     if not _NAME.fullmatch(name):
         raise Rejected(Reason.COMPETITION_FILE, f"the name {name!r}", f"a name like {_NAME.pattern}", where)
-    data = _load(where, text)
+    data = load(where, text)
     if "name" in data:
         raise Rejected(Reason.COMPETITION_FILE, "the field name", "no name inside: the file's name is the name", where)
-    return _validate(Competition, where, {**data, "name": name})
+    return data
 
 
 def parse_hall_of_fame(text: str) -> HallOfFame:
     """From the text of `hall_of_fame.yaml`. Raises Rejected(COMPETITION_FILE)."""
-    return _validate(HallOfFame, "hall_of_fame.yaml", _load("hall_of_fame.yaml", text))
+    return validate(HallOfFame, "hall_of_fame.yaml", load("hall_of_fame.yaml", text))
 
 
 def check_together(competitions: Sequence[Competition]) -> None:
@@ -342,82 +381,3 @@ def check_together(competitions: Sequence[Competition]) -> None:
     if abs(total - 1) > SHARE_TOLERANCE:
         shares = " + ".join(f"{c.reward_share:g} ({c.name})" for c in sorted(competitions, key=lambda c: c.name))
         raise Rejected(Reason.COMPETITION_FILE, f"{shares} = {total:.12g}", "1", "competitions: reward_share")
-
-
-def _validate(record: type[_Record], where: str, data: Mapping[str, object]) -> _Record:
-    try:
-        return record.model_validate(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    # The parts in angle brackets name our choice between two kinds of section, not a field of the file.
-    field = ".".join(str(part) for part in first["loc"] if not str(part).startswith("<"))
-    rule = first["msg"].removeprefix("Input should be ").removeprefix("Input should have ")
-    got = first.get("ctx", {}).get("got", "nothing" if first["type"] == "missing" else first["input"])
-    if first["type"] == "missing":
-        rule = "a value"
-    raise Rejected(Reason.COMPETITION_FILE, _shown(got), rule, f"{where}: {field}" if field else where)
-
-
-def _shown(value: object) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
-
-
-# ---- YAML ------------------------------------------------------------------------------------------------------------
-
-
-def _load(where: str, text: str) -> dict[str, object]:
-    try:
-        data = yaml.load(text, _Loader)  # a SafeLoader with fewer types
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = f"{where}: line {mark.line + 1}" if mark else where
-        raise Rejected(Reason.COMPETITION_FILE, error.problem or "unreadable text", "YAML", line) from None
-    except RecursionError:
-        raise Rejected(Reason.COMPETITION_FILE, "nested too deep", "a mapping of fields", where) from None
-    except yaml.YAMLError as error:
-        raise Rejected(Reason.COMPETITION_FILE, " ".join(str(error).split()), "YAML", where) from None
-    if not isinstance(data, dict):
-        raise Rejected(Reason.COMPETITION_FILE, _shown(data), "a mapping of fields", where)
-    return data
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with the scalars of YAML 1.2's core schema, which are what a reader expects.
-
-    PyYAML follows YAML 1.1, where 6.9e9 is a string, 1:30 is ninety, `no` is false and a second `limits:` silently
-    replaces the first. Here 6.9e9 is a number, only true and false are booleans, and a repeated key is an error. Tags
-    and aliases have no use in a file that people read to know the rules, so they are errors as well.
-    """
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own attribute
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
-            raise yaml.composer.ComposerError(None, None, "a tag (!) or an alias (*)", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} a second time", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def _resolve(tag: str, pattern: str, first: Iterable[str]) -> None:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
-
-
-# The longest numbers stay shorter than a commit sha, so that a sha of digits is never taken for one.
-_resolve("null", r"(?:~|null|)$", ["~", "n", ""])
-_resolve("bool", r"(?:true|false)$", "tf")
-_resolve("int", r"(?:0|-?[1-9][0-9]{0,29})$", "-0123456789")
-_resolve(
-    "float",
-    r"[-+]?(?:\.[0-9]{1,20}|[0-9]{1,20}\.[0-9]{0,20}|[0-9]{1,20}(?=[eE]))(?:[eE][-+]?[0-9]{1,3})?$",
-    "-+.0123456789",
-)
-_resolve("float", r"[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$", "-+.")

@@ -14,11 +14,12 @@ read for their own hotkey.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sn29.errors import Reason, Rejected
-from sn29.records import Commitment
+from sn29.records import Commitment, Entry, Metagraph
+from sn29.rules.champion import Duel
 from sn29.rules.competition import Pool
 
 
@@ -135,23 +136,72 @@ def first_claims(inspected: Iterable[Inspected], known: Mapping[str, Claim]) -> 
 
 
 def choose(
-    candidates: Iterable[Commitment], pool: Pool, last_weights: Mapping[str, float], last_evaluated: Mapping[str, int]
+    candidates: Iterable[Commitment],
+    pool: Pool,
+    last_weights: Mapping[str, float],
+    last_evaluated: Mapping[str, int],
+    *,
+    challenging: Sequence[str] = (),
+    favoured: Collection[str] = (),
+    resting: Collection[str] = (),
 ) -> Choice:
     """At most `pool.keep + pool.pending` of the candidates of one competition.
 
-    First the `pool.keep` hotkeys with the largest positive weight in the last round; then models that were never
-    evaluated, oldest commitment first; then the others, longest not evaluated first. `last_weights` is by hotkey,
-    `last_evaluated` by model id (any number that grows with time, such as the window's index).
+    `pool.pending` places are for models that were never evaluated, oldest commitment first, so that a new commitment is
+    always judged, whoever's it is and whatever pool its owner was in. The other `pool.keep` are for the hotkeys with
+    the largest positive weight in the last round, then for those that are `challenging` (in their order), then for those
+    that other validators reward (`favoured`, see `top_miners`), then for the rest, longest not evaluated first: however many
+    new models are thrown in, who has something to show goes on showing it. Places that one kind leaves free go to the
+    other. Those that are `resting` (see `out_of_reach`) get none. `last_weights` is by hotkey, `last_evaluated` by model
+    id (any number that grows with time, such as a block).
     """
     oldest_first = _oldest_first(candidates)
     by_weight = sorted(oldest_first, key=lambda c: -last_weights.get(c.hotkey, 0.0))
-    kept = [c for c in by_weight if last_weights.get(c.hotkey, 0.0) > 0][: pool.keep]
-    rest = [c for c in oldest_first if c not in kept]
+    paid = [c for c in by_weight if last_weights.get(c.hotkey, 0.0) > 0][: pool.keep]
+    rest = [c for c in oldest_first if c not in paid]
     new = [c for c in rest if str(c.model) not in last_evaluated]
     seen = sorted((c for c in rest if str(c.model) in last_evaluated), key=lambda c: last_evaluated[str(c.model)])
-    line = [*kept, *new, *seen]
+    order = {hotkey: place for place, hotkey in enumerate(challenging)}
+    awake = [c for c in seen if c.hotkey not in resting]
+    awake.sort(key=lambda c: (order.get(c.hotkey, len(order)), c.hotkey not in favoured))
+    known = [*paid, *awake]
+    line = [*known[: pool.keep], *new[: pool.pending], *known[pool.keep :], *new[pool.pending :]]
     places = pool.keep + pool.pending
-    return Choice(tuple(_oldest_first(line[:places])), tuple(line[places:]))
+    waiting = [*line[places:], *(c for c in seen if c.hotkey in resting)]
+    return Choice(tuple(_oldest_first(line[:places])), tuple(waiting))
+
+
+def large_validators(graph: Metagraph, *, count: int = 10, max_age_blocks: int = 1200) -> tuple[str, ...]:
+    """Hotkeys of the validators whose judgement counts: the largest by stake with a permit that set weights lately.
+
+    The reference's numbers (10 validators, 1,200 blocks). Of equal stake the smaller hotkey; the same for everybody who
+    reads the same block.
+    """
+    lately = [n for n in graph.neurons if n.permit and graph.block - n.last_update <= max_age_blocks]
+    return tuple(n.hotkey for n in sorted(lately, key=lambda n: (-n.stake, n.hotkey))[:count])
+
+
+def top_miners(rows: Iterable[Mapping[str, float]], *, fraction: float = 0.05) -> frozenset[str]:
+    """Hotkeys that get more than `fraction` of the weight in any of these rows (0.05 is the reference's)."""
+    return frozenset(hotkey for row in rows for hotkey, weight in row.items() if weight > fraction)
+
+
+def out_of_reach(duels: Iterable[Duel], entries: Mapping[str, Entry], needed: Mapping[str, float]) -> frozenset[str]:
+    """Challengers that another evaluation cannot help now: `duels` are those of the newest round.
+
+    A challenger rests while its holder is the same and even the most favourable end of its confidence sequence (`low`, of
+    the mean of ln(its loss / the holder's)) does not reach what is needed against the holder today (`needed` by
+    holder, in the same unit, positive); as the holder's advantage decays it comes back by itself. A near copy rests as
+    long as its original is there.
+
+    Example: low -0.0012, needed 0.0030: rests. A week later needed is 0.0011: it is evaluated again.
+    """
+    return frozenset(
+        d.challenger
+        for d in duels
+        if d.holder in entries and d.challenger in entries and not d.won
+        if d.near_copy or d.low > -needed.get(d.holder, 0.0)
+    )
 
 
 def _belongs_to_another(owner: Claim, commitment: Commitment) -> bool:

@@ -22,7 +22,7 @@ def cases(section: str, leave_out: dict[str, str] | None = None) -> list[Any]:
     """The section's cases as parameters, without those whose names are keys of `leave_out`."""
     if not _FILE.exists():
         return [pytest.param(None, marks=pytest.mark.skip(reason=f"no {_FILE.name} in ../shared/vectors or SN29_VECTORS"))]
-    found = {case["name"]: case for case in json.loads(_FILE.read_text())[section]}
+    found = {case.get("name", str(place)): case for place, case in enumerate(json.loads(_FILE.read_text())[section])}
     unknown = sorted(set(leave_out or ()) - set(found))
     assert not unknown, f"{section} has no case {unknown}"
     return [pytest.param(case, id=name) for name, case in found.items() if name not in (leave_out or ())]

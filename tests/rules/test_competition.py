@@ -14,9 +14,13 @@ from sn29.rules.competition import (
     FolderDataset,
     FreeTokenizer,
     HubDataset,
+    WhenEmpty,
     check_together,
+    named_start_token,
     parse_competition,
     parse_hall_of_fame,
+    samples_per_dataset,
+    tokenizer_for,
     violations,
 )
 
@@ -98,7 +102,7 @@ def test_every_field_says_what_it_is():
         f"{section}.{field}"
         for section, content in sections.items()
         for field, said in content["properties"].items()
-        if "description" not in said and "$ref" not in said and "oneOf" not in said
+        if not {"description", "$ref", "oneOf", "const"} & set(said)
         and (section, field) not in {("FreeTokenizer", "free"), ("FolderDataset", "folder"), ("HubDataset", "hub")}
     ]  # fmt: skip
     assert silent == []
@@ -175,6 +179,13 @@ BROKEN = [
     ("files: data", "files: ../data", "dataset.files", "../data", "inside the data set"),
     ("files: data", "files: /data", "dataset.files", "/data", "inside the data set"),
     ("column: text", "column: ''", "dataset.column", "", "at least 1 character"),
+    ("parameters: 6.9e9", "parameters: 6.9e9, min_parameters: 7e9", "", "limits.min_parameters 7,000", "at most 6,900,000,000"),
+    ("column: text", "column: text\n  weight: 0", "dataset.weight", "0", "greater than 0"),
+    ("reward_share: 1", "reward_share: 1\ndatasets: []", "", "dataset and datasets", "one of the two"),
+    ("reward_share: 1", "reward_share: 1\nwhen_empty: keep", "when_empty", "keep", "'share', 'hold' or 'burn'"),
+    ("reward_share: 1", "reward_share: 1\nwhen_empty: burn", "", "burn_hotkey None", "burn and its hotkey"),
+    ("reward_share: 1", "reward_share: 1\nburn_hotkey: " + "5" * 48, "", "when_empty share", "burn and its hotkey"),
+    ("reward_share: 1", "reward_share: 1\ngrace_blocks: -1", "grace_blocks", "-1", "greater than or equal to 0"),
     ("count: 100", "count: 9", "", "samples.count 9", "at least scoring.group, 10"),
     ("oldest_holder", "newest", "scoring.rule", "newest", "'oldest_holder'"),
     ("skew: 2.0", "skew: 0", "scoring.skew", "0", "greater than 0"),
@@ -220,6 +231,54 @@ def test_a_name_that_no_commitment_could_spell_is_refused(name):
     assert "a name like" in refusal_of(parse_competition, name, VALID).limit
 
 
+# ---- several data sets -----------------------------------------------------------------------------------------------
+
+ONE = VALID[VALID.index("dataset:\n") : VALID.index("samples:")]
+
+
+def with_weights(count: int, *weights: float) -> Competition:
+    sections = "".join(f"  - {{folder: text{n}, files: '*', column: t, weight: {w}}}\n" for n, w in enumerate(weights))
+    return parse_competition("c", VALID.replace(ONE, f"datasets:\n{sections}").replace("count: 100", f"count: {count}"))
+
+
+def test_dataset_is_datasets_with_one_element():
+    listed = "datasets:\n  - " + ONE.removeprefix("dataset:\n  ").replace("\n  ", "\n    ")
+    assert parse_competition("c", VALID.replace(ONE, listed)) == parse_competition("c", VALID)
+    assert parse_competition("c", VALID).datasets == (parse_competition("c", VALID).dataset,)
+    assert with_weights(100, 1, 2).unpinned == ("datasets.0.folder", "datasets.1.folder")
+    wrong = refusal_of(parse_competition, "c", VALID.replace(ONE, "datasets: [{folder: a, files: '*'}]\n"))
+    assert wrong.where == "c.yaml: datasets.0.column"
+
+
+@pytest.mark.parametrize(
+    ("count", "weights", "expected"),
+    [
+        (100, [1], (100,)),
+        (1500, [0.30, 0.25, 0.35, 0.05, 0.03, 0.02], (450, 375, 525, 75, 45, 30)),
+        (10, [0.30, 0.35, 0.35], (3, 4, 3)),
+        (10, [1, 1, 1], (4, 3, 3)),
+        (100, [7, 7, 7, 7, 7, 7, 7], (15, 15, 14, 14, 14, 14, 14)),
+        (101, [1e-3, 2e-3], (34, 67)),
+    ],
+)
+def test_each_data_set_gives_its_part_of_the_samples(count, weights, expected):
+    assert samples_per_dataset(with_weights(count, *weights)) == expected
+    assert sum(expected) == count
+
+
+def test_a_data_set_that_would_never_give_a_sample_is_refused():
+    failure = refusal_of(with_weights, 100, 1, 1e-6)
+    assert failure.got == "samples.count 100 = 100 + 0"
+    assert failure.limit == "at least one sample of every data set"
+
+
+def test_an_empty_competition_shares_unless_it_says_otherwise():
+    assert parse_competition("c", VALID).on_empty == WhenEmpty("share", "")
+    hotkey = "5" * 48
+    burning = parse_competition("c", VALID + f"when_empty: burn\nburn_hotkey: {hotkey}\n")
+    assert burning.on_empty == WhenEmpty("burn", hotkey)
+
+
 # ---- a model against the rules ---------------------------------------------------------------------------------------
 
 MODEL = ModelFacts(
@@ -256,6 +315,30 @@ def test_a_free_tokenizer_must_be_there_and_only_a_start_token_that_is_given_nee
     assert violations(free, small) == ()
     given = parse_competition("c01", VALID.replace(fixed, "  free: true\n  start_token: 300\n"))
     assert [v.limit for v in violations(given, small)] == ["at least 301: the ids go up to 300"]
+
+
+def test_a_model_can_be_too_small():
+    competition = parse_competition("c00", VALID.replace("parameters: 6.9e9", "parameters: 6.9e9, min_parameters: 3.2e9"))
+    assert violations(competition, replace(MODEL, num_parameters=3_200_000_000)) == ()
+    (found,) = violations(competition, replace(MODEL, num_parameters=3_199_999_999))
+    assert (found.reason, found.got, found.limit) == (Reason.PARAMETERS, "3,199,999,999", "at least 3,200,000,000")
+    assert found.where == "c00: limits.min_parameters"
+
+
+def test_a_free_tokenizer_may_have_a_default_for_models_that_bring_none():
+    fixed = VALID[VALID.index("  hub: Xenova") : VALID.index("limits:")]
+    inner = fixed.replace("\n  ", "\n    ").replace("  hub", "    hub", 1)
+    free = parse_competition("c01", VALID.replace(fixed, "  free: true\n  default:\n" + inner))
+    default = tokenizer_for(free, has_own=False)
+    assert default is not None
+    assert default.hub == "Xenova/gpt-4"
+    assert tokenizer_for(free, has_own=True) is None
+    assert (named_start_token(free, has_own=False), named_start_token(free, has_own=True)) == (100257, None)
+    assert violations(free, MODEL, largest_id=100_276) == ()
+    assert [v.reason for v in violations(free, replace(MODEL, vocab_size=100_257))] == [Reason.VOCABULARY]
+    assert violations(free, replace(MODEL, vocab_size=300, has_tokenizer=True)) == ()
+    loose = VALID.replace(fixed, "  free: true\n  default:\n" + inner.replace(f'"{"f" * 64}"', "null"))
+    assert parse_competition("c01", loose).unpinned == ("tokenizer.default.fingerprint",)
 
 
 def test_all_violations_are_told_at_once():

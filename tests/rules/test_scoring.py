@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 from reference_vectors import REPOSITORY, cases, number, only, table
 
-from sn29.records import Score
-from sn29.rules.competition import Advantage, Competition, Scoring, parse_competition
-from sn29.rules.scoring import (
-    advantage_factor,
-    group_losses,
-    oldest_holder,
-    score,
-    shuffled,
-    skewed,
-    win_matrix,
+from sn29.errors import Rejected
+from sn29.records import Entry, Score
+from sn29.rules.competition import Competition, parse_competition
+from sn29.rules.oldest_holder import advantage_factor, group_losses, holds, judge, shuffled, skewed
+from sn29.rules.scoring import Memory, score, win_matrix
+from sn29.rules.scoring_fields import (
+    Advantage,
+    Bootstrap,
+    Champion,
+    Epsilon,
+    LastHolders,
+    OldestHolder,
+    PairwiseEpsilon,
 )
 
 ADVANTAGE = Advantage(initial=0.004, decay_per_epoch=0.995, blocks_per_epoch=361)
@@ -45,17 +48,27 @@ MATRIX_DEVIATIONS = {name: why for name, why in DEVIATIONS.items() if why != NO_
 
 
 def competition(group: int = 1, skew: float = 2.0, advantage: Advantage = ADVANTAGE) -> Competition:
+    return competition_under(OldestHolder(group=group, skew=skew, advantage=advantage))
+
+
+def competition_under(rule) -> Competition:
     shipped = parse_competition("c00", (REPOSITORY / "competitions" / "c00.yaml").read_text())
-    rule = Scoring(rule="oldest_holder", group=group, skew=skew, advantage=advantage)
     return shipped.model_copy(update={"scoring": rule})
 
 
+def entries_of(blocks: dict[str, int]) -> dict[str, Entry]:
+    return {hotkey: Entry(f"content of {hotkey}", block) for hotkey, block in blocks.items()}
+
+
 def scored(losses, blocks, block=1000, **rule) -> dict[str, Score]:
-    return {s.hotkey: s for s in score(competition(**rule), losses, blocks, block, b"seed")}
+    found = score(competition(**rule), losses, entries_of(blocks), block, b"seed")
+    assert found.duels == ()
+    assert found.memory == Memory.empty()
+    return {s.hotkey: s for s in found.scores}
 
 
 def run_vector(given: dict) -> tuple[dict[str, str], dict[str, Score]]:
-    """Hotkey of each uid, and our scores. Of equal blocks the reference keeps the given order: so do hotkeys."""
+    """Hotkey of each uid, and our scores. Of equal blocks the reference keeps the given order: so do these rows."""
     hotkeys = {str(uid): f"{place:03d}" for place, uid in enumerate(given["uid_order"])}
     losses = {hotkeys[uid]: row for uid, row in table(given["losses"]).items()}
     blocks = {hotkeys[uid]: block for uid, block in given["blocks"].items()}
@@ -64,7 +77,11 @@ def run_vector(given: dict) -> tuple[dict[str, str], dict[str, Score]]:
         decay_per_epoch=given["advantage_decay_per_epoch"],
         blocks_per_epoch=EPOCH,
     )
-    return hotkeys, scored(losses, blocks, given["current_block"], advantage=advantage)
+    rule = OldestHolder(group=1, skew=2.0, advantage=advantage)
+    order = sorted(losses, key=lambda hotkey: (blocks[hotkey], hotkey))
+    rows = np.array([losses[hotkey] for hotkey in order], dtype=float).reshape(len(order), -1 if order else 0)
+    found = judge(rule, order, np.where(rows >= 0, rows, INF), entries_of(blocks), given["current_block"], b"seed")
+    return hotkeys, {s.hotkey: s for s in found}
 
 
 # ---- against the reference -------------------------------------------------------------------------------------------
@@ -115,7 +132,7 @@ def test_wins_deviate_from_the_reference_only_where_they_are_meant_to(case):
     )
     differences = 0
     for column, winner in zip(columns, theirs, strict=True):
-        ours = oldest_holder(column[:, None], blocks, given["current_block"], advantage)
+        ours = holds(column[:, None], blocks, given["current_block"], advantage)
         assert ours.sum() == np.isfinite(column).any()
         if ours.sum() == 0 or ours.argmax() != winner or np.nanargmin(column) != np.argmin(column):
             differences += 1
@@ -161,7 +178,7 @@ def test_groups_wins_and_skew_together_are_the_references(case):
     by_age = sorted(losses, key=lambda uid: given["blocks"][uid])  # stable: equal blocks keep the given order
     groups = group_losses(np.array([losses[uid] for uid in by_age]), given["permutation"], given["group_size"])
     blocks = [given["blocks"][uid] for uid in by_age]
-    rates = oldest_holder(groups, blocks, given["current_block"], ADVANTAGE) / groups.shape[1]
+    rates = holds(groups, blocks, given["current_block"], ADVANTAGE) / groups.shape[1]
     assert rates.tolist() == pytest.approx([theirs["win_rate"][uid] for uid in by_age], rel=1e-12)
     for skew, name in [(1.2, "weights_skew_1_2"), (2.0, "weights_skew_2_0")]:
         assert skewed(rates.tolist(), skew) == pytest.approx([theirs[name][uid] for uid in by_age], rel=1e-6)
@@ -245,7 +262,7 @@ def random_losses(models: int, samples: int, seed: int) -> np.ndarray:
 
 
 def plain_wins(losses, blocks, block) -> list[int]:
-    """`oldest_holder` once more, in the plainest way."""
+    """`holds` once more, in the plainest way."""
     wins = [0] * len(losses)
     for column in range(losses.shape[1]):
         holder = None
@@ -267,20 +284,21 @@ def test_the_fast_way_and_the_plain_way_agree(seed):
     losses = random_losses(models=2 + seed % 7, samples=60, seed=seed)
     blocks = [1000 * row for row in range(len(losses))]
     block = 1000 * len(losses) + 361 * seed
-    assert oldest_holder(losses, blocks, block, ADVANTAGE).tolist() == plain_wins(losses, blocks, block)
+    assert holds(losses, blocks, block, ADVANTAGE).tolist() == plain_wins(losses, blocks, block)
 
 
 @pytest.mark.parametrize("group", [1, 3, 10])
 def test_the_order_of_the_miners_changes_nothing(group):
     losses = {f"h{row}": values.tolist() for row, values in enumerate(random_losses(6, 100, 7))}
     blocks = {"h0": 50, "h1": 10, "h2": 10, "h3": 10, "h4": 2000, "h5": 7}
-    first = score(competition(group), losses, blocks, 1000, b"seed")
+    first = score(competition(group), losses, entries_of(blocks), 1000, b"seed")
     for turn in range(1, 6):
         hotkeys = [f"h{(row + turn) % 6}" for row in range(6)]
-        again = score(competition(group), {h: losses[h] for h in hotkeys}, dict(reversed(blocks.items())), 1000, b"seed")
+        others = entries_of(dict(reversed(blocks.items())))
+        again = score(competition(group), {h: losses[h] for h in hotkeys}, others, 1000, b"seed")
         assert again == first
-    assert sum(s.win_rate for s in first) == pytest.approx(1)
-    assert sum(s.weight for s in first) == pytest.approx(1)
+    assert sum(s.win_rate for s in first.scores) == pytest.approx(1)
+    assert sum(s.weight for s in first.scores) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("nothing", [NAN, INF, -INF, -1.0])
@@ -319,9 +337,24 @@ def test_one_failed_sample_costs_the_whole_group():
     assert group_losses(np.array([[1.0, INF], [5.0, 5.0]]), (0, 1), 2).tolist() == [[INF], [10.0]]
 
 
-def test_of_one_block_the_smaller_hotkey_is_first_whatever_the_order_of_arrival():
-    for losses in ({"a": [10.0], "b": [10.0]}, {"b": [10.0], "a": [10.0]}):
-        assert scored(losses, {"a": 5, "b": 5})["a"].wins == 1
+def first_of_one_block(seed: bytes, contents: dict[str, str]) -> str:
+    losses = {hotkey: [10.0] for hotkey in contents}
+    entries = {hotkey: Entry(content, 5) for hotkey, content in contents.items()}
+    found = score(competition(), losses, entries, 1000, seed).scores
+    backwards = score(competition(), dict(reversed(losses.items())), entries, 1000, seed).scores
+    assert found == backwards
+    return next(s.hotkey for s in found if s.wins)
+
+
+def test_of_one_block_a_hash_that_nobody_knows_yet_decides_and_not_the_hotkey():
+    by_seed = Counter(first_of_one_block(n.to_bytes(2, "big"), {"a": "one", "b": "two", "c": "three"}) for n in range(600))
+    assert set(by_seed) == {"a", "b", "c"}
+    assert all(abs(times - 200) < 47 for times in by_seed.values())  # four standard deviations are 46
+    for n in range(50):
+        seed = n.to_bytes(2, "big")
+        one_way = first_of_one_block(seed, {"a": "one", "b": "two"})
+        swapped = first_of_one_block(seed, {"b": "one", "a": "two"})
+        assert (one_way == "a") == (swapped == "b")
 
 
 def test_equal_losses_stay_with_the_oldest():
@@ -332,7 +365,8 @@ def test_equal_losses_stay_with_the_oldest():
 
 
 def test_nobody_and_nothing():
-    assert score(competition(), {}, {}, 1000, b"seed") == ()
+    for rule in (OldestHolder(), PairwiseEpsilon(), Champion()):
+        assert score(competition_under(rule), {}, {}, 1000, b"seed").scores == ()
     for group, row in [(1, []), (5, [1.0, 2.0]), (1, [NAN])]:
         ours = scored({"a": row, "b": row}, {"a": 1, "b": 2}, group=group)
         assert all((s.wins, s.win_rate, s.weight) == (0, 0, 0) for s in ours.values())
@@ -353,3 +387,53 @@ def test_a_large_skew_leaves_the_best_with_everything():
 def test_samples_that_no_pair_shares_have_no_mean():
     matrix = win_matrix({"a": [1.0, INF], "b": [NAN, 2.0]}, {"a": 1, "b": 2}, 1000, ADVANTAGE)
     assert matrix.mean_delta == ((0.0, INF), (INF, 0.0))
+
+
+# ---- the section of a competition file -------------------------------------------------------------------------------
+
+
+def section(text: str) -> str:
+    """c00.yaml with another `scoring` section."""
+    shipped = (REPOSITORY / "competitions" / "c00.yaml").read_text()
+    return shipped[: shipped.index("scoring:")] + text + shipped[shipped.index("\npool:") :]
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("", Champion()),
+        ("scoring: {rule: champion}", Champion()),
+        ("scoring: {rule: oldest_holder, group: 3}", OldestHolder(group=3)),
+        ("scoring: {rule: pairwise_epsilon, epsilon: {start: 0.01}}", PairwiseEpsilon(epsilon=Epsilon(start=0.01))),
+        ("scoring: {rule: champion, share: {kind: last_holders}}", Champion(share=LastHolders(decay=0.5, count=4))),
+        ("scoring: {rule: champion, share: {kind: bootstrap, draws: 9}}", Champion(share=Bootstrap(draws=9))),
+    ],
+)
+def test_a_rule_is_chosen_by_name_and_brings_its_own_defaults(text, rule):
+    found = parse_competition("c00", section(text))
+    assert found.scoring == rule
+    assert Competition.model_validate(found.model_dump(mode="json")) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "got", "rule"),
+    [
+        ("scoring: {rule: newest}", "scoring.rule", "newest", "'champion' or 'oldest_holder' or 'pairwise_epsilon'"),
+        ("scoring: {rule: [champion]}", "scoring.rule", "['champion']", "'champion'"),
+        ("scoring: {skew: 2}", "scoring.rule", "nothing", "'champion'"),
+        ("scoring: champion", "scoring", "champion", "a mapping"),
+        ("scoring: {rule: champion, group: 10}", "scoring", "the field group", "one of rule, advantage"),
+        ("scoring: {rule: champion, share: {kind: all}}", "scoring.share.kind", "all", "'winner' or 'last_holders'"),
+        ("scoring: {rule: champion, share: {kind: winner, count: 2}}", "scoring.share", "the field count", "kind"),
+        ("scoring: {rule: champion, advantage: {initial: 0.2}}", "scoring.advantage", "initial 0.2", "at most 0.1"),
+        ("scoring: {rule: champion, error_rate: 0}", "scoring.error_rate", "0", "greater than 0"),
+        ("scoring: {rule: pairwise_epsilon, temperature: 0}", "scoring.temperature", "0", "greater than 0"),
+        ("scoring: {rule: oldest_holder, group: 1501}", "", "samples.count 1500", "at least scoring.group, 1501"),
+    ],
+)
+def test_what_is_wrong_with_a_section_is_named(text, field, got, rule):
+    with pytest.raises(Rejected) as failure:
+        parse_competition("c00", section(text))
+    assert failure.value.got.startswith(got)
+    assert rule in failure.value.limit
+    assert str(failure.value).startswith(f"c00.yaml: {field}" if field else "c00.yaml")

@@ -6,9 +6,20 @@ import pytest
 from reference_vectors import cases
 
 from sn29.errors import Reason
-from sn29.records import Commitment, ModelId
+from sn29.records import Commitment, Entry, Metagraph, ModelId, Neuron
+from sn29.rules.champion import Duel
 from sn29.rules.competition import Pool
-from sn29.rules.selection import Claim, Inspected, choose, first_claims, next_round, select
+from sn29.rules.selection import (
+    Claim,
+    Inspected,
+    choose,
+    first_claims,
+    large_validators,
+    next_round,
+    out_of_reach,
+    select,
+    top_miners,
+)
 
 DIGEST = "A" * 43 + "="
 
@@ -193,7 +204,7 @@ def test_the_best_stay_then_come_the_new_ones_then_those_not_seen_for_longest():
     for order in (given, given[::-1]):
         found = choose(order, Pool(keep=2, pending=2), weights, evaluated)
         assert hotkeys(found.chosen) == ["best", "second", "unseen", "new2"]
-        assert hotkeys(found.waiting) == ["new3", "seen", "third"]
+        assert hotkeys(found.waiting) == ["seen", "third", "new3"]
 
 
 def test_a_new_model_of_the_best_miner_is_judged_at_once():
@@ -224,3 +235,58 @@ def test_the_pool_keeps_whom_the_reference_keeps(case):
     found = choose(given, Pool(keep=case["input"]["pool_size"], pending=0), rates, seen)
     assert set(hotkeys(found.chosen)) == {str(uid) for uid in case["expected"]["kept_pool_ascending"]}
     assert set(hotkeys(found.waiting)) == {str(uid) for uid in case["expected"]["dropped"]}
+
+
+# ---- choose: other validators, and who rests -------------------------------------------------------------------------
+
+
+def neuron(hotkey: str, stake: float, last_update: int = 1000, permit: bool = True) -> Neuron:
+    return Neuron(0, hotkey, "cold", permit, stake, 0.0, last_update, 0)
+
+
+def test_the_validators_that_count_are_large_permitted_and_recent():
+    neurons = [neuron("small", 1), neuron("b", 9), neuron("a", 9), neuron("old", 50, 0), neuron("miner", 99, permit=False)]
+    for order in permutations(neurons):
+        assert large_validators(Metagraph(29, 1201, tuple(order)), count=2) == ("a", "b")
+    assert large_validators(Metagraph(29, 1200, tuple(neurons)), count=1) == ("old",)
+
+
+def test_top_miners_are_those_that_anybody_rewards():
+    assert top_miners([{"a": 0.9, "b": 0.05, "c": 0.05}, {"b": 0.06, "d": 0.94}]) == {"a", "b", "d"}
+    assert top_miners([]) == frozenset()
+
+
+def duel(challenger: str, low: float, *, near_copy: bool = False, won: bool = False) -> Duel:
+    return Duel(challenger, "holder", 1500, low / 2, low, 0.001, 0.003, near_copy, won, 0.01, 0.005)
+
+
+def test_a_challenger_rests_while_even_its_best_case_is_not_enough():
+    entries = {h: Entry(h, 1) for h in ("holder", "far", "near", "copy", "winner")}
+    duels = [duel("far", -0.0012), duel("near", -0.0031), duel("copy", -0.5, near_copy=True), duel("winner", 0.0, won=True)]
+    assert out_of_reach(duels, entries, {"holder": 0.003}) == {"far", "copy"}
+    assert out_of_reach(duels, entries, {"holder": 0.0011}) == {"copy"}, "the advantage decayed"
+    gone = {h: e for h, e in entries.items() if h != "holder"}
+    assert out_of_reach(duels, gone, {}) == frozenset(), "against another holder everything is open"
+
+
+def test_new_models_come_before_favoured_ones_and_resting_ones_get_no_place():
+    given = [commitment(h, block) for h, block in (("rest", 1), ("seen", 2), ("top", 3), ("new", 4), ("kept", 5))]
+    last = {str(c.model): 100 for c in given if c.hotkey != "new"}
+    found = choose(given, Pool(keep=1, pending=2), {"kept": 1.0}, last, favoured={"top"}, resting={"rest"})
+    assert hotkeys(found.chosen) == ["top", "new", "kept"]
+    assert hotkeys(found.waiting) == ["seen", "rest"]
+    found = choose(given, Pool(keep=2, pending=1), {"kept": 1.0}, last, challenging=["seen"], favoured={"top"})
+    assert hotkeys(found.chosen) == ["seen", "new", "kept"]
+    found = choose(given, Pool(keep=1, pending=9), {"kept": 1.0}, last, favoured={"top"}, resting={"rest"})
+    assert hotkeys(found.waiting) == ["rest"]
+
+
+def test_a_flood_of_new_models_does_not_stop_who_has_something_to_show():
+    """Eight hotkeys commit something new in each window; the challenger is evaluated in every one."""
+    honest, holder = commitment("honest", 5), commitment("holder", 1)
+    evaluated = {str(honest.model): 100, str(holder.model): 100}
+    for window in range(10):
+        flood = [commitment(f"f{i}", 100 + window, repo=f"r{i}-{window}") for i in range(8)]
+        found = choose([*flood, honest, holder], Pool(keep=6, pending=3), {"holder": 1.0}, evaluated, challenging=["honest"])
+        assert {"honest", "holder"} <= set(hotkeys(found.chosen))
+        assert len(found.chosen) == 9

@@ -7,7 +7,7 @@ import pytest
 from reference_vectors import cases, only
 
 from sn29.records import Score, Weights
-from sn29.rules.competition import HallOfFame, HallOfFameEntry
+from sn29.rules.competition import HallOfFame, HallOfFameEntry, WhenEmpty
 from sn29.rules.weights import combine, hall_of_fame_shares
 
 # Where we deviate from the reference, and why.
@@ -124,6 +124,55 @@ def test_a_round_in_which_nobody_scored_keeps_the_last_weights(scores):
     assert combine(SHARES, scores, fame(("h9", 1000, 1e9)), last, 1000, [hotkey("a"), hotkey("h9")]) is last
     assert after(scores) == {}
     assert after(scores, last=Weights(500, {})) == {}
+
+
+# ---- a competition without a valid model -----------------------------------------------------------------------------
+
+HOLD, BURN = WhenEmpty("hold"), WhenEmpty("burn", hotkey("h9"))
+C00_ONLY = {"c00": result(a=1.0), "c01": []}
+LAST = Weights(500, {hotkey("a"): 0.2, hotkey("b"): 0.8})
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (WhenEmpty(), {"a": 0.6, "b": 0.4}),
+        (HOLD, {"a": 0.4, "b": 0.6}),
+        (BURN, {"a": 0.35, "b": 0.4, "h9": 0.25}),
+    ],
+)
+def test_the_share_of_an_empty_competition_goes_where_the_file_says(policy, expected):
+    ours = after(C00_ONLY, last=LAST, when_empty={"c01": policy})
+    assert ours == pytest.approx({hotkey(name): w for name, w in expected.items()})
+
+
+@pytest.mark.parametrize(("policy", "rest"), [(HOLD, {"last": None}), (WhenEmpty("burn", "nobody"), {})])
+def test_what_cannot_be_held_or_burned_is_shared(policy, rest):
+    assert after(C00_ONLY, when_empty={"c01": policy}, **rest) == {hotkey("a"): 1.0}
+
+
+def test_a_competition_that_has_a_winner_burns_nothing():
+    both = {"c00": result(a=1.0), "c01": result(b=1.0)}
+    assert after(both, when_empty={"c00": BURN, "c01": HOLD}) == pytest.approx({hotkey("a"): 0.5, hotkey("b"): 0.5})
+
+
+def test_a_winner_who_is_no_longer_registered_leaves_the_competition_empty():
+    scores = {"c00": result(a=1.0), "c01": result(gone=1.0)}
+    ours = after(scores, when_empty={"c01": BURN}, registered=[hotkey("a"), hotkey("h9")])
+    assert ours == pytest.approx({hotkey("a"): 0.5, hotkey("h9"): 0.5})
+
+
+def test_an_empty_round_holds_everything_or_burns_what_the_file_says():
+    assert after({}, last=LAST, when_empty={"c00": HOLD, "c01": HOLD}) == dict(LAST.by_hotkey)
+    burned = after({}, last=LAST, when_empty={"c01": BURN})
+    assert burned == pytest.approx({hotkey("a"): 0.1, hotkey("b"): 0.4, hotkey("h9"): 0.5})
+    held = after({}, last=LAST, when_empty={"c00": HOLD, "c01": BURN})
+    assert held == pytest.approx({hotkey("a"): 0.15, hotkey("b"): 0.6, hotkey("h9"): 0.25})
+
+
+def test_a_burn_leaves_the_hall_of_fame_its_part():
+    ours = after(C00_ONLY, hall=fame(("h8", 1000, 40)), when_empty={"c01": BURN})
+    assert ours == pytest.approx({hotkey("a"): 0.4, hotkey("h9"): 0.4, hotkey("h8"): 0.2})
 
 
 def test_a_hall_of_fame_that_takes_everything_needs_no_scores():

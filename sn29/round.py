@@ -260,9 +260,9 @@ async def _judge(
     mine = {e.commitment: e for e in admitted.entrants}
     owners = [c for c in claims.owners if c in mine]
     memory = memory_for(competition, window, before)
-    duels = _open_duels(competition, window, memory, claims, mine)
-    needed = {d.holder: d.needed for d in duels}
     entries = {c.hotkey: _entry(c, e, claims) for c, e in mine.items()}
+    duels = _open_duels(competition, window, memory, entries)
+    needed = {d.holder: d.needed for d in duels}
     resting = out_of_reach([*duels, *_known_copies(competition, before)], entries, needed)
     choice = choose(
         owners,
@@ -290,12 +290,9 @@ async def _judge(
     return Judged(contest, samples, revisions, tuple(models))
 
 
-def _open_duels(
-    competition: Competition, window: Window, memory: Memory, claims: FirstClaims, mine: Mapping[Commitment, Entrant]
-) -> tuple[Duel, ...]:
+def _open_duels(competition: Competition, window: Window, memory: Memory, entries: Mapping[str, Entry]) -> tuple[Duel, ...]:
     """What is known at this block of the crown's challengers; nothing under a rule without a crown."""
     rule = competition.scoring
-    entries = {c.hotkey: _entry(c, e, claims) for c, e in mine.items()}
     return open_duels(rule, memory, entries, window.seed.block) if isinstance(rule, Champion) else ()
 
 

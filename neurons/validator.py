@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from sn29 import telemetry
+from sn29 import record_files, telemetry
 from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
 from sn29.settings import ValidatorSettings, read
 
@@ -36,6 +36,7 @@ async def run(settings: ValidatorSettings) -> None:
     from sn29.evaluation.worker import self_test
     from sn29.examination import Machine, Ports
     from sn29.hub import Hub
+    from sn29.round import begin_with
     from sn29.store import Store
 
     RulesReader(settings)  # what is wrong with a file is said before anything is opened
@@ -59,6 +60,8 @@ async def run(settings: ValidatorSettings) -> None:
         telemetry.tell("started", f"validator {chain.hotkey} on {settings.network}", competitions=names)
         tokenizers = Tokenizers(hub, settings.state_dir / "tokenizers")
         ports = Ports(chain, hub, store, dataset_of(hub, settings.competitions_dir), tokenizers, machine)
+        if settings.start_record is not None:
+            await begin_with(ports, record_files.read(settings.start_record))
         rounds_done = asyncio.Event()
         rounds = asyncio.create_task(_rounds(settings, ports, reader, rounds_done))
         publisher = asyncio.create_task(_publisher(settings, ports, rounds_done))

@@ -1,8 +1,9 @@
 """Where two validators' records of one round differ, first cause first.
 
-A round flows from the chain to the weights, and so does the order here: the block, the competition file in force, the
-text and its samples, the commitments and their outcomes, the files that were judged, the losses, what the scoring rule
-remembered, scores, weights. Whoever differs early differs in everything after it; the first line is the one to look into.
+A round flows from the chain to the weights, and so does the order here: the block, the competition file in force, the text
+and its samples, the commitments and their outcomes, the files that were judged and since when they are claimed, the losses,
+what the scoring rule remembered, scores, weights. Whoever differs early differs in everything after it; the first line is
+the one to look into.
 """
 
 from __future__ import annotations
@@ -114,6 +115,12 @@ def _contents(name: str, a: CompetitionRecord, b: CompetitionRecord) -> Differen
     return _differs(f"{name}: content and tokenizer", one, other)
 
 
+def _claims(name: str, a: CompetitionRecord, b: CompetitionRecord) -> Difference | None:
+    """Since when each claims its content: what a validator has seen of claims that were made again since."""
+    one, other = ({m.hotkey: m.entry and asdict(m.entry) for m in r.models} for r in (a, b))
+    return _differs(f"{name}: claims", one, other)
+
+
 def _losses(name: str, a: CompetitionRecord, b: CompetitionRecord) -> Difference | None:
     """The largest relative difference, and how many there are; only where both judged the same samples."""
     if [s.id for s in a.samples] != [s.id for s in b.samples]:
@@ -149,9 +156,9 @@ def _scores(name: str, a: CompetitionRecord, b: CompetitionRecord) -> Difference
 
 
 _STAGES: tuple[Callable[[str, CompetitionRecord, CompetitionRecord], Difference | None], ...] = (
-    _file, _window, _datasets, _samples, _outcomes, _contents, _losses, _memory, _scores,
+    _file, _window, _datasets, _samples, _outcomes, _contents, _claims, _losses, _memory, _scores,
 )  # fmt: skip
-_MEASURED = 6
+_MEASURED = 7
 """Stages before anything is measured."""
 
 

@@ -36,6 +36,7 @@ from sn29.rules.decision import Contest, Decision, decide
 from sn29.rules.fields import validate
 from sn29.rules.schedule import CompetitionFile, in_force, rules_for
 from sn29.rules.scoring import Memory, Scored
+from sn29.rules.scoring_fields import OldestHolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,6 +346,10 @@ def by_hand(data: Json, look_up: Callable[[str, int], Competition], where: str) 
     lengths = {hotkey: len(row) for hotkey, row in losses.items()}
     if len(set(lengths.values())) > 1:
         raise Rejected(Reason.RECORD, f"rows of {sorted(set(lengths.values()))}", "rows of one length", f"{where}: losses")
+    count = max(lengths.values(), default=0)
+    if isinstance(competition.scoring, OldestHolder) and count < competition.scoring.group:
+        least = f"at least {competition.scoring.group}, a group of rule oldest_holder"
+        raise Rejected(Reason.RECORD, f"{count} samples", least, f"{where}: losses")
     entries = {hotkey: _entry(hotkey, data, where) for hotkey in losses}
     window = Window(competition.name, block // competition.samples.window_blocks, seed)
     return Contest(competition, window, losses, entries, Memory.empty())

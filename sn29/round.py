@@ -1,5 +1,6 @@
 """A validator's round, from commitments to weights, as one story.
 
+    begin_with      a late start from another validator's record
     plan_round      which block's round is due, and the window of each competition in it
     run_round       admit all -> who claimed what first -> judge each competition -> combine into weights -> keep the record
       admit         read the chain -> select -> inspect metadata
@@ -22,7 +23,7 @@ from typing import Any
 
 from sn29 import record_files
 from sn29.corpus import draw
-from sn29.errors import Rejected, Unavailable
+from sn29.errors import Reason, Rejected, Unavailable
 from sn29.examination import (
     Entrant,
     Ports,
@@ -36,9 +37,9 @@ from sn29.examination import (
     tokenizer_id_of,
 )
 from sn29.records import Commitment, Entry, Head, Loss, Outcome, Sample, Weights, Window
-from sn29.replay import competition_record, memory_for
+from sn29.replay import compare, competition_record, memory_for, recompute
 from sn29.round_record import CompetitionRecord, ModelRecord, RoundRecord, SampleRecord
-from sn29.rules.champion import Duel, Memory, open_duels
+from sn29.rules.champion import Duel, Memory, known_copies, open_duels
 from sn29.rules.competition import Competition, HubDataset, samples_per_dataset, tokenizer_for
 from sn29.rules.decision import Contest, decide
 from sn29.rules.scoring import Scored
@@ -121,6 +122,35 @@ async def plan_round(ports: Ports, rules: Rules, *, catch_up: int) -> Plan | Non
 def _plan_from(kept: Mapping[str, Any]) -> Plan:
     windows = {n: Window(w["competition"], w["index"], Head(**w["seed"])) for n, w in kept["windows"].items()}
     return Plan(kept["block"], windows)
+
+
+async def begin_with(ports: Ports, record: RoundRecord) -> bool:
+    """Goes on from another validator's record as if its round had been judged here; False where rounds were judged already.
+
+    What a scoring rule remembers, the last weights, and who claimed what since when come from it: without them a validator
+    that starts late judges near equals by the windows it has seen itself. Raises Rejected(RECORD) for a record that does not
+    replay to its own bits, or of another chain. Whose record it is the operator decides: losses in it are not measured again.
+    """
+    if ports.store.last_finished() is not None:
+        return False
+    where = f"record of block {record.head.block}"
+    on_chain = await ports.chain.block_hash(record.head.block)
+    if on_chain != record.head.hash:
+        raise Rejected(Reason.RECORD, record.head.hash, f"{on_chain}, that block's hash on this chain", where)
+    difference = compare(record, recompute(record))
+    if difference is not None:
+        raise Rejected(Reason.RECORD, difference.first, f"{difference.second}, computed again", f"{where}: {difference.what}")
+    claims = {}
+    for kept in record.competitions.values():
+        for m in kept.models:
+            if m.entry is not None:
+                claims.update(dict.fromkeys((m.outcome.model, m.entry.content_id), (m.entry.block, m.hotkey)))
+    ports.store.keep_claims(claims)
+    record_files.write(ports.machine.records_dir, record)
+    ports.store.open_round(record.head.block, {"begun_with": record.head.hash})
+    ports.store.finish_round(record.head.block, record, record.weights, _standings(record))
+    tell("begun", f"goes on from the record of block {record.head.block}", block=record.head.block)
+    return True
 
 
 # --- the round --------------------------------------------------------------------------------------------------------
@@ -263,7 +293,7 @@ async def _judge(
     entries = {c.hotkey: _entry(c, e, claims) for c, e in mine.items()}
     duels = _open_duels(competition, window, memory, entries)
     needed = {d.holder: d.needed for d in duels}
-    resting = out_of_reach([*duels, *_known_copies(competition, before)], entries, needed)
+    resting = out_of_reach(duels, entries, needed) | known_copies(memory, entries)
     choice = choose(
         owners,
         competition.pool,
@@ -294,12 +324,6 @@ def _open_duels(competition: Competition, window: Window, memory: Memory, entrie
     """What is known at this block of the crown's challengers; nothing under a rule without a crown."""
     rule = competition.scoring
     return open_duels(rule, memory, entries, window.seed.block) if isinstance(rule, Champion) else ()
-
-
-def _known_copies(competition: Competition, before: RoundRecord | None) -> list[Duel]:
-    """Near copies that the round before found."""
-    kept = before.competitions.get(competition.name) if before else None
-    return [Duel(**fields) for fields in kept.duels if fields["near_copy"]] if kept else []
 
 
 def _entry(commitment: Commitment, entrant: Entrant, claims: FirstClaims) -> Entry:

@@ -120,6 +120,9 @@ class ValidatorSettings(NeuronSettings):
     evaluation_deadline_s: float = _flag(900.0, "seconds after which an evaluation is stopped", "evaluation.deadline", ge=1)
     download_deadline_s: float = _flag(3600.0, "seconds after which a download is put off", "download.deadline", ge=1)
     rounds: int = _flag(0, "stop after this many rounds and one weight set; 0 = never", "rounds", ge=0)
+    start_record: Path | None = _flag(
+        None, "first start: go on from this round record of another validator (it is replayed first)", "start-record"
+    )
     catch_up: int = _flag(2, "missed windows that are still judged after a pause; older ones are skipped", "catch-up", ge=1)
     poll_s: float = _flag(12.0, "seconds between looks at the chain", "poll", ge=0.05)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -53,7 +54,10 @@ def test_show_says_what_is_in_force_and_what_comes_next(capsys):
     text = shown(capsys, str(ROOT / "competitions"), "--at", "10096799")
     c01 = text[text.index("c01 at block 10,096,799") :]
     assert "limits.parameters                  3,900,000,000" in c01
-    assert "block 10,096,800: limits.parameters 3,900,000,000 -> 4,150,000,000  (changes.0)" in c01
+    first = (
+        "block 10,096,800 (2027-02-02T00:17Z by the file's clock): limits.parameters 3,900,000,000 -> 4,150,000,000  (changes.0)"
+    )
+    assert first in c01
     assert "no change comes after this block" in text[: text.index("c01 at")]
 
 
@@ -66,6 +70,11 @@ def test_show_finds_the_block_of_a_time_by_the_files_clock(capsys):
     assert any("coldint/phi3_stock_tokenizer" in line for line in coming["what"])
 
 
+def test_show_takes_a_date_for_the_shipped_files(capsys):
+    answer = json.loads(shown(capsys, str(ROOT / "competitions"), "--at", "2027-02-10", "--json"))["competitions"]["c01"]
+    assert answer["rules"]["limits"]["parameters"] in range(4_150_000_000, 5_400_000_000, 250_000_000), "two weeks into the ramp"
+
+
 def test_show_says_what_the_hall_of_fame_pays(capsys, folder):
     entry = f"entries:\n  - {{hotkey: {'5' * 48}, block: 1000, reward_epochs: 1, reason: a fix}}\n"
     replace_in(folder / "hall_of_fame.yaml", "entries: []\n", entry)
@@ -75,12 +84,17 @@ def test_show_says_what_the_hall_of_fame_pays(capsys, folder):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ([str(ROOT / "competitions"), "--at", "2027-01-01"], "c01.yaml has changes and no clock"),
+        (["no-clock", "--at", "2027-01-01"], "c01.yaml has changes and no clock"),
         ([str(HISTORY), "--at", "tomorrow"], "tomorrow"),
         (["nowhere"], "nowhere"),
     ],
 )
-def test_show_refuses_what_it_cannot_answer(capsys, words, named):
+def test_show_refuses_what_it_cannot_answer(capsys, words, named, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    copy = folder.parent / "no-clock"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_text(re.sub(r"^clock: .*$", "", path.read_text(), flags=re.M))
     assert main(["competitions", "show", *words]) == 1
     assert named in capsys.readouterr().err
 

@@ -56,7 +56,7 @@ def test_the_improvement_wins_and_a_little_less_does_not(rule: str) -> None:
 
         assert with_part(part) == hotkey
         assert with_part(part * 0.99) == "ann"
-        assert part > 0.003, "ann has nearly all of her 0.4 % left"
+        assert part > (0.0018 if rule == "champion" else 0.003), "ann has nearly all of her advantage left: 0.2 % or 0.4 %"
 
 
 def test_the_improvement_is_what_the_rule_says_where_one_can_say_it() -> None:
@@ -77,8 +77,8 @@ def test_decay_alone_wins_at_the_first_block_at_which_it_does() -> None:
 
 
 def test_evidence_adds_up_under_champion_only() -> None:
-    """Better by 0.45 %, of which 0.4 % are asked for: not shown by one window of 1,500 samples, and shown by some."""
-    models = {"ann": (0.0, 0.0), "bob": (-0.0045, 0.002)}
+    """Better by 0.25 %, of which 0.2 % are asked for: not shown by one window of 1,500 samples, and shown by some."""
+    models = {"ann": (0.0, 0.0), "bob": (-0.0025, 0.002)}
     found = prospect("c00", one("champion", **models).competitions["c00"], "bob")
     assert found is not None
     assert found.holder == "ann"

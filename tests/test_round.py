@@ -23,7 +23,7 @@ from sn29.models import checkpoint
 from sn29.publication import publish
 from sn29.records import Commitment, Head, Loss, ModelId, Weights
 from sn29.replay import compare, recompute
-from sn29.round import plan_round, run_round
+from sn29.round import begin_with, plan_round, run_round
 from sn29.round_record import RoundRecord, decode, encode
 from sn29.store import Store
 from sn29.submission import submit
@@ -267,6 +267,46 @@ def test_under_champion_memory_is_carried_and_a_repeated_commitment_makes_nobody
         assert compare(record, recompute(record)) is None
         assert decode(encode(record)) == record
     assert len(list((subnet.folder / "state" / "records").iterdir())) == 3
+
+
+def test_a_late_validator_that_begins_with_a_record_goes_on_like_the_one_that_wrote_it(subnet, model):
+    path = subnet.folder / "competitions" / "c00.yaml"
+    text = path.read_text()
+    path.write_text(text[: text.index("scoring:")] + "scoring: {rule: champion}\n" + text[text.index("pool:") :])
+    subnet.publish("holder", model(seed=1))
+    subnet.publish("other", model(seed=2))
+    subnet.next_window()
+    _, first = go(subnet)
+    assert begin(subnet, "late", first) is True
+    assert begin(subnet, "late", first) is False, "a restart with the same flag changes nothing"
+    subnet.next_window()
+    _, second = go(subnet)
+    _, of_late = go(subnet, "late")
+    assert of_late == second
+    assert of_late.competitions["c00"].memory_before["holder"] is not None
+
+    elsewhere = replace(first, head=replace(first.head, hash="0x" + "12" * 32))
+    forged = replace(first, weights=replace(first.weights, by_hotkey={subnet.hotkey("other"): 1.0}))
+    for wrong in (elsewhere, forged):
+        with pytest.raises(Rejected) as refusal:
+            begin(subnet, "new", wrong)
+        assert refusal.value.reason is Reason.RECORD
+
+
+def begin(subnet: Subnet, state: str, record: RoundRecord) -> bool:
+    machine = Machine(subnet.folder / state / "models", subnet.folder / state / "records", "cpu", "float32", 1, 120, 60)
+    store = Store(subnet.folder / state / "store.db")
+
+    async def turn() -> bool:
+        async with subnet.chain("validator") as chain:
+            folder = subnet.folder / "competitions"
+            tokenizers = Tokenizers(Hub(subnet.hub.endpoint), subnet.folder / state / "tokenizers")
+            ports = Ports(
+                chain, Hub(subnet.hub.endpoint), store, dataset_of(Hub(subnet.hub.endpoint), folder), tokenizers, machine
+            )
+            return await begin_with(ports, record)
+
+    return asyncio.run(turn())
 
 
 def test_what_makes_a_model_unfit_is_decided_over_the_whole_window():

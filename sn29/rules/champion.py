@@ -4,7 +4,10 @@
     near copies   belong to the earlier commitment (`rules.near_copies`): no duel, no share, nobody's chances touched; who
                   is better than the earlier one by more than the floor of the advantage is no copy of it
     holder        who held the crown in the window before. If it is gone: the last one before it that is here; if there
-                  was none: the oldest model that was scored on half of the samples on which anybody was
+                  was none: the oldest model that was scored on half of the samples on which anybody was. Who commits
+                  another model under the same hotkey has left: improve under a second hotkey, and commit it to the
+                  first one never (a holder that could renew its model and keep the crown could shake off every
+                  challenger just before it has shown enough)
     duel          every other model against the holder, in claim order: the per-sample log ratios of their losses, added up
                   over all windows since the reign began, against the margin (`rules.evidence`)
     crown         the first of them in claim order that is shown to be better by the margin takes it, and a new reign
@@ -26,7 +29,7 @@ holder begin in the next window. When a window begins without a holder (the very
 first holder is known before a loss is compared; models duel in claim order within that window, and who takes the crown is
 challenged by the later ones at once.
 
-A worked example: a holder committed 30 days ago has 0.004 * 0.995 ** 598 = 0.0002 left, so the floor of 0.0005 counts: the
+A worked example: a holder committed 30 days ago has 0.002 * 0.995 ** 598 = 0.0001 left, so the floor of 0.0005 counts: the
 margin is 0.0005001. A challenger, the first of its reign, is better by 0.3 % with a standard deviation of 1.5 % per sample,
 1500 samples a window, and needs evidence of ln(2 / 0.01) = 5.30:
 
@@ -36,8 +39,12 @@ margin is 0.0005001. A challenger, the first of its reign, is better by 0.3 % wi
           3      4500          -0.0030    0.015       8.66   -0.00474 to -0.00126    taken
 
 At 0.15 % it is taken after 6 windows, that is 7 hours. A model that is equal in the mean never takes it, with a probability
-of 99 %, whatever its noise. A fresh holder, with 0.4 % left, keeps a challenger that is better by 0.3 % away for three
-and a half days (73 windows), until its advantage is below 0.29 %.
+of 99 %, whatever its noise. Against a holder that has just committed, with 0.2 % left, 0.3 % is enough after 6 windows too,
+0.15 % after 84, that is 4.2 days.
+
+Who starts late. All of this is a function of the windows since the reign began, which a new validator has not seen: it begins
+with the oldest model and may see near equals differently from the others for as long as they are near equals. It should
+begin with a published record of another validator (`sn29 validator --start-record`), which carries the memory.
 """
 
 from __future__ import annotations
@@ -61,6 +68,8 @@ MAX_PAST = 64
 """Holders of the crown that are remembered."""
 MAX_EVIDENCE = 1024
 """Challengers of a reign whose evidence is remembered; beyond it the earliest ones start anew."""
+MAX_COPIES = 1024
+"""Near copies that are remembered."""
 BLOCKS = 64
 """Parts of a window that a bootstrap draw chooses from, with replacement."""
 
@@ -98,6 +107,8 @@ class Memory:
     """By rank."""
     past: tuple[Who, ...] = ()
     """Holders before this one, the last one first, each once."""
+    copies: tuple[tuple[Who, Who], ...] = ()
+    """(near copy, the model that it belongs to), as long as both are entered: what was found once is not measured again."""
 
     @classmethod
     def empty(cls) -> Memory:
@@ -107,13 +118,14 @@ class Memory:
         """For a record: objects, lists, strings and whole numbers. Sums of squares can exceed 2^53."""
         return {
             "block": self.block,
-            "holder": [self.holder.hotkey, self.holder.content_id] if self.holder else None,
+            "holder": _pair(self.holder) if self.holder else None,
             "since": self.since,
             "faced": self.faced,
             "evidence": [
                 [e.who.hotkey, e.who.content_id, e.rank, e.sums.count, e.sums.total, e.sums.squares] for e in self.evidence
             ],
-            "past": [[who.hotkey, who.content_id] for who in self.past],
+            "past": [_pair(who) for who in self.past],
+            **({"copies": [[*_pair(copy), *_pair(of)] for copy, of in self.copies]} if self.copies else {}),
         }
 
     @classmethod
@@ -128,7 +140,12 @@ class Memory:
             faced=data["faced"],
             evidence=tuple(Evidence(Who(*row[:2]), row[2], Sums(*row[3:])) for row in data["evidence"]),
             past=tuple(Who(*row) for row in data["past"]),
+            copies=tuple((Who(*row[:2]), Who(*row[2:])) for row in data.get("copies", ())),
         )
+
+
+def _pair(who: Who) -> list[str]:
+    return [who.hotkey, who.content_id]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,11 +249,11 @@ def judge(
     first = first_of_each(losses, rule.near_copy, -math.log1p(-rule.advantage.floor))
     reign = _opening(window, memory, first)
     if reign is None:
-        return Verdict(_scores(window, first, {}), (), _remember(window, memory, None))
+        return Verdict(_scores(window, first, {}), (), _remember(window, memory, None, first))
     first = _holder_first(window, first, reign)
     duels, left = _fight(window, reign, first)
     copies = [_copy(window, row, of) for row, of in enumerate(first) if row != of]
-    remembered = _remember(window, memory, left)
+    remembered = _remember(window, memory, left, first)
     shares = _shares(window, reign, remembered, first, seed)
     return Verdict(_scores(window, first, shares), tuple(sorted((*duels, *copies), key=lambda d: d.challenger)), remembered)
 
@@ -361,12 +378,13 @@ def _copy(window: _Window, row: int, of: int) -> Duel:
     )
 
 
-def _remember(window: _Window, memory: Memory, left: _Reign | None) -> Memory:
+def _remember(window: _Window, memory: Memory, left: _Reign | None, first: Sequence[int]) -> Memory:
     """What the next window needs to know. Evidence of who has entered something else since is dropped."""
+    copies = _copies(window, memory, first)
     before = dict.fromkeys([*([memory.holder] if memory.holder else []), *memory.past])
     past = [who for who in before if left is None or who != left.holder][:MAX_PAST]
     if left is None:
-        return Memory(block=window.block, past=tuple(past))
+        return Memory(block=window.block, past=tuple(past), copies=copies)
     kept = sorted((e for e in left.evidence.values() if _may_return(window, e.who)), key=lambda e: e.rank)[-MAX_EVIDENCE:]
     return Memory(
         block=window.block,
@@ -375,7 +393,22 @@ def _remember(window: _Window, memory: Memory, left: _Reign | None) -> Memory:
         faced=left.faced,
         evidence=tuple(kept),
         past=tuple(past),
+        copies=copies,
     )
+
+
+def _copies(window: _Window, memory: Memory, first: Sequence[int]) -> tuple[tuple[Who, Who], ...]:
+    """Near copies known after this window. Of a model that was measured now, what it was found to be now counts."""
+    seen = {window.who(row) for row in range(len(first))}
+    found = {window.who(row): window.who(of) for row, of in enumerate(first) if row != of}
+    known = {c: of for c, of in memory.copies if c not in seen and _may_return(window, c) and _may_return(window, of)}
+    return tuple(sorted({**known, **found}.items())[:MAX_COPIES])
+
+
+def known_copies(memory: Memory, entries: Mapping[str, Entry]) -> frozenset[str]:
+    """Hotkeys whose models are known to be near copies of models that are still entered: measuring them again helps nobody."""
+    entered = {Who(hotkey, entry.content_id) for hotkey, entry in entries.items()}
+    return frozenset(copy.hotkey for copy, of in memory.copies if copy in entered and of in entered)
 
 
 def _may_return(window: _Window, who: Who) -> bool:

@@ -15,14 +15,14 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _FOLDER = Path(os.environ.get("SN29_VECTORS") or REPOSITORY.parent / "shared" / "vectors")
-_FILE = _FOLDER / "reference_scoring.json"
+VECTORS = _FOLDER / "reference_scoring.json"
 
 
 def cases(section: str, leave_out: dict[str, str] | None = None) -> list[Any]:
     """The section's cases as parameters, without those whose names are keys of `leave_out`."""
-    if not _FILE.exists():
-        return [pytest.param(None, marks=pytest.mark.skip(reason=f"no {_FILE.name} in ../shared/vectors or SN29_VECTORS"))]
-    found = {case.get("name", str(place)): case for place, case in enumerate(json.loads(_FILE.read_text())[section])}
+    if not VECTORS.exists():
+        return [pytest.param(None, marks=pytest.mark.skip(reason=f"no {VECTORS.name} in ../shared/vectors or SN29_VECTORS"))]
+    found = {case.get("name", str(place)): case for place, case in enumerate(json.loads(VECTORS.read_text())[section])}
     unknown = sorted(set(leave_out or ()) - set(found))
     assert not unknown, f"{section} has no case {unknown}"
     return [pytest.param(case, id=name) for name, case in found.items() if name not in (leave_out or ())]

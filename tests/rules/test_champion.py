@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reference_vectors import REPOSITORY
 
 from sn29.records import Entry
-from sn29.rules.champion import Sums, Who, open_duels
+from sn29.rules.champion import Sums, Who, known_copies, open_duels
 from sn29.rules.competition import Competition, parse_competition
 from sn29.rules.evidence import CLIP, UNIT, intervals, log_evidence, log_ratios, sums_of
 from sn29.rules.near_copies import first_of_each, is_near
@@ -231,7 +231,7 @@ def test_the_worked_example_of_the_module():
     assert season.memory.holder == Who("new", "content of new")
 
 
-@pytest.mark.parametrize(("gain", "age", "windows"), [(0.0015, 30, 6), (0.003, 0, 73)])
+@pytest.mark.parametrize(("gain", "age", "windows"), [(0.0015, 30, 6), (0.003, 0, 6), (0.0015, 0, 84)])
 def test_the_other_figures_of_the_module(gain, age, windows):
     season = Season(entries_of({"holder": BLOCK - age * DAY - 20, "new": BLOCK - 10}))
     base = np.full(1500, 1000.0)
@@ -473,6 +473,23 @@ def test_memory_survives_writing_and_goes_on_to_the_same_bits():
     assert season.memory.past
     assert season.memory.evidence
     assert Memory.from_json({}) == Memory.empty() == Memory.from_json(Memory.empty().to_json())
+
+
+def test_a_near_copy_is_measured_once():
+    """What is known of it is kept while the validator leaves it out, and forgotten with either of the two."""
+    base = np.full(1500, 1000.0)
+    season = Season(entries_of({"holder": OLD, "copy": BLOCK - 10, "other": BLOCK - 5}))
+    season.play({"holder": base, "copy": apart(base, 0.0, 0.0005), "other": apart(base, 0.002, 0.015)})
+    for _ in range(3):
+        assert known_copies(season.memory, season.entries) == {"copy"}
+        assert Memory.from_json(json.loads(json.dumps(season.memory.to_json()))) == season.memory
+        season.play({"holder": base, "other": apart(base, 0.002, 0.015)})
+    for gone in ("holder", "copy"):
+        without = {hotkey: entry for hotkey, entry in season.entries.items() if hotkey != gone}
+        assert known_copies(season.memory, without) == frozenset()
+    season.entries["copy"] = Entry("a model of its own", BLOCK)
+    season.play({"holder": base, "copy": apart(base, 0.001, 0.015)})
+    assert season.memory.copies == ()
 
 
 @pytest.mark.parametrize("spread", [0.0004, 0.0008, 0.001, 0.0012])

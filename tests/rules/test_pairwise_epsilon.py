@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from reference_vectors import REPOSITORY, cases, number
+from test_deviations import SN9_DEVIATIONS
 
 from sn29.records import Entry, Score
 from sn29.rules.competition import parse_competition
@@ -14,11 +15,6 @@ from sn29.rules.scoring_fields import Epsilon, PairwiseEpsilon
 
 INF, NAN = math.inf, math.nan
 SN9 = PairwiseEpsilon(epsilon=Epsilon(start=0.005, end=0.0005, blocks=50400), temperature=0.01)
-
-# Where we deviate from SN9, and why. No share of a vector is changed by either.
-UNSCORED_IS_NOT_COMPETITIVE = "SN9 keeps an oldest model of loss +inf among the competitive ones"
-NOTHING_FOR_BEING_REGISTERED = "SN9 gives e**(-1 / temperature) to every model that is not competitive; nobody gets it here"
-DEVIATIONS = {"sn9_1": UNSCORED_IS_NOT_COMPETITIVE}
 
 
 def scored(losses, blocks, block=1_000_000, rule=SN9) -> dict[str, Score]:
@@ -49,11 +45,11 @@ def test_wins_and_shares_are_sn9s(case, samples):
     playing = [int(uids[row]) for row in competitive(means, [given["blocks"][uid] for uid in uids], epsilon)]
     without_unscored = [uid for uid in theirs["competitive_uids"] if number(given["score"][str(uid)]) < INF]
     assert playing == without_unscored
-    assert (playing != theirs["competitive_uids"]) == (case["name"] in DEVIATIONS)
+    assert (playing != theirs["competitive_uids"]) == (case["name"] in SN9_DEVIATIONS)
     for uid in uids:
-        assert ours[uid].wins == theirs["wins"].get(uid, 0) - (case["name"] in DEVIATIONS and theirs["wins"].get(uid, 0))
+        assert ours[uid].wins == theirs["wins"].get(uid, 0) - (case["name"] in SN9_DEVIATIONS and theirs["wins"].get(uid, 0))
         assert ours[uid].win_rate == pytest.approx(theirs["win_rate"].get(uid, 0))
-        # NOTHING_FOR_BEING_REGISTERED: e**-100 = 3.7e-44, in float32 3.8e-44
+        # SN9 gives e**(-1 / temperature) to whoever is registered; nobody gets it here: e**-100 = 3.7e-44, in float32 3.8e-44
         assert ours[uid].weight == pytest.approx(theirs["step_weights"][uid], rel=1e-6, abs=1e-43)
         assert (ours[uid].weight == 0) == (int(uid) not in playing)
 

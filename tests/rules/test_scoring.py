@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from reference_vectors import REPOSITORY, cases, number, only, table
+from test_deviations import EMPTY_IS_NO_ERROR, MATRIX_DEVIATIONS, NAN_IS_NO_LOSS, WIN_DEVIATIONS
 
 from sn29.errors import Rejected
 from sn29.records import Entry, Score
@@ -25,26 +26,6 @@ from sn29.rules.scoring_fields import (
 ADVANTAGE = Advantage(initial=0.004, decay_per_epoch=0.995, blocks_per_epoch=361)
 EPOCH = 361
 INF, NAN = math.inf, math.nan
-
-# Where we deviate from the reference, and why.
-NAN_IS_NO_LOSS = "the reference lets a NaN hold for ever and win the plain comparison; NaN is no loss here"
-NO_POINT_FOR_NOTHING = "the reference gives a sample that nobody was scored on to the oldest; nobody gets it here"
-EMPTY_IS_NO_ERROR = "the reference divides by zero; no samples mean that nobody wins"
-DEVIATIONS = {
-    "newer_nan_never_wins_but_argmin_takes_nan": NAN_IS_NO_LOSS,
-    "random_02": NAN_IS_NO_LOSS,
-    "random_07": NAN_IS_NO_LOSS,
-    "random_17": NAN_IS_NO_LOSS,
-    "random_22": NAN_IS_NO_LOSS,
-    "random_32": NAN_IS_NO_LOSS,
-    "random_37": NAN_IS_NO_LOSS,
-    "random_47": NAN_IS_NO_LOSS,
-    "random_52": NAN_IS_NO_LOSS,
-    "all_inf_oldest_wins": NO_POINT_FOR_NOTHING,
-    "random_01": NO_POINT_FOR_NOTHING,
-    "zero_samples_raises": EMPTY_IS_NO_ERROR,
-}
-MATRIX_DEVIATIONS = {name: why for name, why in DEVIATIONS.items() if why != NO_POINT_FOR_NOTHING}
 
 
 def competition(group: int = 1, skew: float = 2.0, advantage: Advantage = ADVANTAGE) -> Competition:
@@ -87,7 +68,7 @@ def run_vector(given: dict) -> tuple[dict[str, str], dict[str, Score]]:
 # ---- against the reference -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", cases("compute_wins", leave_out=DEVIATIONS))
+@pytest.mark.parametrize("case", cases("compute_wins", leave_out=WIN_DEVIATIONS))
 def test_wins_are_the_references(case):
     hotkeys, ours = run_vector(case["input"])
     theirs = case["expected"]
@@ -112,9 +93,9 @@ def reference_winner(column: list[float], factors: list[float]) -> int:
     return holder
 
 
-@pytest.mark.parametrize("case", only("compute_wins", DEVIATIONS))
+@pytest.mark.parametrize("case", only("compute_wins", WIN_DEVIATIONS))
 def test_wins_deviate_from_the_reference_only_where_they_are_meant_to(case):
-    given, why = case["input"], DEVIATIONS[case["name"]]
+    given, why = case["input"], WIN_DEVIATIONS[case["name"]]
     if why == EMPTY_IS_NO_ERROR:
         assert "ZeroDivisionError" in case["raises"]
         assert [s.win_rate for s in run_vector(given)[1].values()] == [0, 0]

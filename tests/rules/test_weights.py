@@ -5,19 +5,12 @@ import math
 
 import pytest
 from reference_vectors import cases, only
+from test_deviations import FAME_DEVIATIONS, WEIGHT_DEVIATIONS
 
 from sn29.records import Score, Weights
 from sn29.rules.competition import HallOfFame, HallOfFameEntry, WhenEmpty
 from sn29.rules.weights import combine, hall_of_fame_shares
 
-# Where we deviate from the reference, and why.
-FAME_DEVIATIONS = {
-    "future_block_grows_max0.4": "there a reward that is still to come pays more than a fresh one; here nothing yet",
-    "bad_entry_keeps_earlier_max1.0": "there an entry without a block is passed over; here the file is refused",
-}
-WEIGHT_DEVIATIONS = {
-    "uid_in_two_comps_last_wins": "there the last competition replaces what the first one gave; here both pay",
-}
 SHARES = {"c00": 0.5, "c01": 0.5}
 
 

@@ -21,7 +21,7 @@ async def publish(chain: Chain, store: Store) -> bool:
     A set that landed while we could not see it (a crash, a lost reply) is found by reading the row back, not repeated.
     """
     weights = store.weights()
-    if weights is None or not weights.by_hotkey:
+    if weights is None or not weights.by_hotkey or weights.block == store.taken_over():
         return False
     head, params = await chain.head(), await chain.params()
     me = next((n for n in (await chain.metagraph()).neurons if n.hotkey == chain.hotkey), None)

@@ -346,17 +346,16 @@ def by_hand(data: Json, look_up: Callable[[str, int], Competition], where: str) 
     lengths = {hotkey: len(row) for hotkey, row in losses.items()}
     if len(set(lengths.values())) > 1:
         raise Rejected(Reason.RECORD, f"rows of {sorted(set(lengths.values()))}", "rows of one length", f"{where}: losses")
-    count = max(lengths.values(), default=0)
-    if isinstance(competition.scoring, OldestHolder) and count < competition.scoring.group:
-        least = f"at least {competition.scoring.group}, a group of rule oldest_holder"
-        raise Rejected(Reason.RECORD, f"{count} samples", least, f"{where}: losses")
     entries = {hotkey: _entry(hotkey, data, where) for hotkey in losses}
     window = Window(competition.name, block // competition.samples.window_blocks, seed)
     return Contest(competition, window, losses, entries, Memory.empty())
 
 
 def decide_by_hand(contest: Contest) -> Decision:
-    """A first round, with nobody else and nothing before it."""
+    """A first round, with nobody else and nothing before it. Raises Rejected(RECORD) for fewer samples than make a group."""
+    rule, count = contest.competition.scoring, max(map(len, contest.losses.values()), default=0)
+    if isinstance(rule, OldestHolder) and count < rule.group:
+        raise Rejected(Reason.RECORD, f"{count} samples", f"at least {rule.group}, a group of rule oldest_holder", "losses")
     return decide({contest.competition.name: contest}, _NO_HALL, None, contest.window.seed.block, sorted(contest.losses))
 
 

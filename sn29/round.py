@@ -127,30 +127,37 @@ def _plan_from(kept: Mapping[str, Any]) -> Plan:
 async def begin_with(ports: Ports, record: RoundRecord) -> bool:
     """Goes on from another validator's record as if its round had been judged here; False where rounds were judged already.
 
-    What a scoring rule remembers, the last weights, and who claimed what since when come from it: without them a validator
-    that starts late judges near equals by the windows it has seen itself. Raises Rejected(RECORD) for a record that does not
-    replay to its own bits, or of another chain. Whose record it is the operator decides: losses in it are not measured again.
+    What a scoring rule remembers, the last weights, and since when each model is claimed come from it: without them a
+    validator that starts late judges near equals by the windows it has seen itself. Checked is that the record replays to its
+    own bits and that its blocks are this chain's; its losses and claims are taken on trust, so the operator chooses whose
+    record it is. Its weights are not set on chain: the first own round's are. Raises Rejected(RECORD).
     """
     if ports.store.last_finished() is not None:
         return False
     where = f"record of block {record.head.block}"
-    on_chain = await ports.chain.block_hash(record.head.block)
-    if on_chain != record.head.hash:
-        raise Rejected(Reason.RECORD, record.head.hash, f"{on_chain}, that block's hash on this chain", where)
+    for seed in (record.head, *(kept.window.seed for kept in record.competitions.values())):
+        if seed.block > record.head.block:
+            raise Rejected(Reason.RECORD, f"a window of block {seed.block}", f"at most {record.head.block}", where)
+        if (on_chain := await ports.chain.block_hash(seed.block)) != seed.hash:
+            raise Rejected(Reason.RECORD, seed.hash, f"{on_chain}, the hash of block {seed.block} on this chain", where)
     difference = compare(record, recompute(record))
     if difference is not None:
         raise Rejected(Reason.RECORD, difference.first, f"{difference.second}, computed again", f"{where}: {difference.what}")
-    claims = {}
+    record_files.write(ports.machine.records_dir, record)
+    ports.store.begin(record, _standings(record), _claims_in(record))
+    tell("begun", f"goes on from the record of block {record.head.block}", block=record.head.block)
+    return True
+
+
+def _claims_in(record: RoundRecord) -> dict[str, tuple[int, str]]:
+    """Who claims what by a record: model ids, contents and weights of everybody with a valid entry."""
+    claims: dict[str, tuple[int, str]] = {}
     for kept in record.competitions.values():
         for m in kept.models:
             if m.entry is not None:
-                claims.update(dict.fromkeys((m.outcome.model, m.entry.content_id), (m.entry.block, m.hotkey)))
-    ports.store.keep_claims(claims)
-    record_files.write(ports.machine.records_dir, record)
-    ports.store.open_round(record.head.block, {"begun_with": record.head.hash})
-    ports.store.finish_round(record.head.block, record, record.weights, _standings(record))
-    tell("begun", f"goes on from the record of block {record.head.block}", block=record.head.block)
-    return True
+                keys = [m.outcome.model, m.entry.content_id, *([m.facts.weights_id] if m.facts else [])]
+                claims.update(dict.fromkeys(keys, (m.entry.block, m.hotkey)))
+    return claims
 
 
 # --- the round --------------------------------------------------------------------------------------------------------
@@ -293,7 +300,7 @@ async def _judge(
     entries = {c.hotkey: _entry(c, e, claims) for c, e in mine.items()}
     duels = _open_duels(competition, window, memory, entries)
     needed = {d.holder: d.needed for d in duels}
-    resting = out_of_reach(duels, entries, needed) | known_copies(memory, entries)
+    copies, far = known_copies(memory, entries), out_of_reach(duels, entries, needed)
     choice = choose(
         owners,
         competition.pool,
@@ -301,10 +308,10 @@ async def _judge(
         store.last_evaluated(competition.name),
         challenging=[d.challenger for d in sorted(duels, key=lambda d: (d.high, d.challenger))],
         favoured=favoured,
-        resting=resting,
+        resting=far | copies.keys(),
     )
     outcomes = [*admitted.outcomes, *(outcome_of(r) for r in claims.refused if r.commitment in mine)]
-    outcomes += [_waiting(c) for c in choice.waiting]
+    outcomes += [_waiting(c, copies.get(c.hotkey), out_of_reach=c.hotkey in far) for c in choice.waiting]
     say_refused(outcomes)
     samples, revisions = await asyncio.to_thread(_draw, ports, competition, window)
     tell("samples", f"{competition.name}: {len(samples)} samples drawn by the hash of block {window.seed.block}")
@@ -384,6 +391,10 @@ def _inspected(entrant: Entrant) -> Inspected:
     return Inspected(entrant.commitment, entrant.facts.content_id, (entrant.facts.weights_id,))
 
 
-def _waiting(c: Commitment) -> Outcome:
-    why = "no place under evaluation in this round"
-    return Outcome(c.hotkey, c.competition, c.block, "waiting", str(c.model), reason="waiting", detail=why)
+def _waiting(c: Commitment, copy_of: str | None, *, out_of_reach: bool) -> Outcome:
+    reason, why = "waiting", "no place under evaluation in this round"
+    if copy_of is not None:
+        reason, why = "near_copy", f"was measured to be a near copy of {copy_of}'s earlier model, so it is not measured again"
+    elif out_of_reach:
+        reason, why = "out_of_reach", "no further sample could win today; measured again when the holder's advantage has decayed"
+    return Outcome(c.hotkey, c.competition, c.block, "waiting", str(c.model), reason=reason, detail=why)

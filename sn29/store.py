@@ -188,6 +188,22 @@ class Store:
             )
             db.executemany("insert or replace into standing values (?, ?, ?, ?, ?)", rows)
 
+    def begin(self, record: RoundRecord, standings: Iterable[Standing], claims: Mapping[str, tuple[int, str]]) -> None:
+        """Takes over another validator's round as the first one, in one step. See `weights` and `taken_over`."""
+        block, kept = record.head.block, encode(record).decode()
+        rows = [(block, x.competition, x.model, x.hotkey, x.weight) for x in standings]
+        with self._transaction() as db:
+            db.execute("insert into meta values ('taken_over', ?)", (str(block),))
+            weights = json.dumps(dict(record.weights.by_hotkey))
+            db.execute("insert into round(block, plan, record, weights) values (?, '{}', ?, ?)", (block, kept, weights))
+            db.executemany("insert into standing values (?, ?, ?, ?, ?)", rows)
+            db.executemany("insert into claim values (?, ?, ?)", [(key, *claim) for key, claim in claims.items()])
+
+    def taken_over(self) -> int | None:
+        """Block of the round that is another validator's: its weights are not ours to set."""
+        block = self._value("select value from meta where key = 'taken_over'")
+        return None if block is None else int(block)
+
     def last_evaluated(self, competition: str) -> dict[str, int]:
         """Model id -> block of the newest round that evaluated it in this competition."""
         query = "select model, max(round) from standing where competition = ? group by model"

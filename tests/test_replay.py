@@ -295,7 +295,6 @@ def test_the_example_of_the_help_is_one_that_works(tmp_path: Path) -> None:
         ({"block": None}, "block"),
         ({"hash": "0x12"}, "64 hex digits"),
         ({"extra": 1}, "extra"),
-        ({"competition": recorded.c00("oldest_holder").model_dump(mode="json")}, "at least 10, a group"),
         ({"competition": {"name": "c00"}}, "competition"),
         ({"competition": 7}, "competition"),
     ],
@@ -308,6 +307,14 @@ def test_what_is_wrong_by_hand_is_named(change: dict[str, Any], named: str) -> N
     assert named in str(error.value)
     with pytest.raises(Rejected, match="block"):
         replay.by_hand({k: v for k, v in data.items() if k != "block"} | change, lambda name, block: recorded.c00(), "x")
+
+
+def test_fewer_samples_than_a_group_are_refused_and_not_zero() -> None:
+    contest = replay.by_hand({**WORKED, "competition": "c00"}, lambda name, block: recorded.c00("oldest_holder"), "mine.json")
+    with pytest.raises(Rejected, match="got 5 samples, rule at least 10"):
+        replay.decide_by_hand(contest)
+    other = replay.changed(contest, replay.Changed(replay.with_rule(contest.competition, "champion")))
+    assert replay.decide_by_hand(other).weights.by_hotkey
 
 
 # --- audit ------------------------------------------------------------------------------------------------------------

@@ -273,24 +273,43 @@ def test_a_late_validator_that_begins_with_a_record_goes_on_like_the_one_that_wr
     path = subnet.folder / "competitions" / "c00.yaml"
     text = path.read_text()
     path.write_text(text[: text.index("scoring:")] + "scoring: {rule: champion}\n" + text[text.index("pool:") :])
-    subnet.publish("holder", model(seed=1))
+    holder = model(seed=1)
+    subnet.publish("holder", holder)
     subnet.publish("other", model(seed=2))
+    subnet.publish("shadow", in_disguise(holder))
     subnet.next_window()
-    _, first = go(subnet)
+    store, first = go(subnet)
+    assert reasons(subnet, first) == {"holder": "evaluated", "other": "evaluated", "shadow": "evaluated"}
     assert begin(subnet, "late", first) is True
     assert begin(subnet, "late", first) is False, "a restart with the same flag changes nothing"
     subnet.next_window()
     _, second = go(subnet)
-    _, of_late = go(subnet, "late")
+    late, of_late = go(subnet, "late")
     assert of_late == second
+    assert reasons(subnet, second)["shadow"] == "near_copy", "known from the first round: not measured again"
+    assert late.claims() == store.claims()
+    assert (late.taken_over(), store.taken_over()) == (first.head.block, None)
     assert of_late.competitions["c00"].memory_before["holder"] is not None
 
     elsewhere = replace(first, head=replace(first.head, hash="0x" + "12" * 32))
+    ahead = replace(first.competitions["c00"].window, seed=Head(first.head.block + 1000, "0x" + "12" * 32))
+    later = replace(first, competitions={"c00": replace(first.competitions["c00"], window=ahead)})
     forged = replace(first, weights=replace(first.weights, by_hotkey={subnet.hotkey("other"): 1.0}))
-    for wrong in (elsewhere, forged):
+    for wrong in (elsewhere, later, forged):
         with pytest.raises(Rejected) as refusal:
             begin(subnet, "new", wrong)
         assert refusal.value.reason is Reason.RECORD
+
+
+def in_disguise(source: Path) -> Path:
+    """The same losses from other weights: the embedding of a token that no text has is another one."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(source, source.with_name(f"{source.name}-disguised"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][299] += 1.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def begin(subnet: Subnet, state: str, record: RoundRecord) -> bool:
@@ -340,6 +359,23 @@ def test_weights_are_set_once_however_often_they_are_looked_at(subnet):
 
     assert asyncio.run(story()) == [False, True, False]
     assert [w for _, w in store.publications()] == [weights]
+
+
+def test_weights_that_were_taken_over_with_a_record_are_not_set(subnet):
+    store = Store(subnet.folder / "state" / "store.db")
+    subnet.wallet("ann")
+    theirs, ours = (Weights(block, {subnet.hotkey("ann"): 1.0}) for block in (10, 20))
+    store.begin(empty(10, theirs), (), {"content": (5, subnet.hotkey("ann"))})
+    assert (store.weights(), store.last_finished(), len(store.claims())) == (theirs, 10, 1)
+
+    async def story() -> list[bool]:
+        async with subnet.chain("validator") as chain:
+            of_theirs = await publish(chain, store)
+            store.open_round(20, {})
+            store.finish_round(20, empty(20, ours), ours)
+            return [of_theirs, await publish(chain, store)]
+
+    assert asyncio.run(story()) == [False, True]
 
 
 def test_a_set_that_landed_unseen_is_found_and_not_repeated(subnet):

@@ -42,6 +42,8 @@ _HOW_TO_READ = (
 _ADVICE = {
     "unavailable": "nothing to do while it is asked for again in the next round; see that the repository can be reached",
     "waiting": "nothing to do: those that were never evaluated have their turn first, oldest commitment first",
+    "near_copy": "a model that differs from everybody's earlier ones",
+    "out_of_reach": "a better model under another hotkey, or time: `sn29 explain HOTKEY` says which improvement would win",
 }
 
 

@@ -5,8 +5,8 @@
                   is better than the earlier one by more than the floor of the advantage is no copy of it
     holder        who held the crown in the window before. If it is gone: the last one before it that is here; if there
                   was none: the oldest model that was scored on half of the samples on which anybody was. Who commits
-                  another model under the same hotkey has left: improve under a second hotkey, and commit it to the
-                  first one never (a holder that could renew its model and keep the crown could shake off every
+                  another model under the same hotkey has left: leave the old model where it is and improve under a
+                  second hotkey (a holder that could renew its model and keep the crown could shake off every
                   challenger just before it has shown enough)
     duel          every other model against the holder, in claim order: the per-sample log ratios of their losses, added up
                   over all windows since the reign began, against the margin (`rules.evidence`)
@@ -405,10 +405,11 @@ def _copies(window: _Window, memory: Memory, first: Sequence[int]) -> tuple[tupl
     return tuple(sorted({**known, **found}.items())[:MAX_COPIES])
 
 
-def known_copies(memory: Memory, entries: Mapping[str, Entry]) -> frozenset[str]:
-    """Hotkeys whose models are known to be near copies of models that are still entered: measuring them again helps nobody."""
+def known_copies(memory: Memory, entries: Mapping[str, Entry]) -> dict[str, str]:
+    """Hotkeys whose models are known to be near copies, with the hotkey of the earlier model, of models that are still
+    entered: measuring them again helps nobody."""
     entered = {Who(hotkey, entry.content_id) for hotkey, entry in entries.items()}
-    return frozenset(copy.hotkey for copy, of in memory.copies if copy in entered and of in entered)
+    return {copy.hotkey: of.hotkey for copy, of in memory.copies if copy in entered and of in entered}
 
 
 def _may_return(window: _Window, who: Who) -> bool:

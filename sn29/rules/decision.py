@@ -32,7 +32,8 @@ class Contest:
     """What the scoring rule remembers of earlier windows. A window that is judged in a second round (another competition's
     window opened meanwhile) starts from the same memory again: none of its samples may count twice."""
     outage: bool = False
-    """Whether some of its models did not answer: then an empty competition is not empty for good, and burns nothing."""
+    """Whether some of its models did not answer: then an empty competition is not empty for good: its share stays with the
+    last weights, whatever `when_empty` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,5 +83,4 @@ def decide(
 
 
 def _on_empty(contest: Contest) -> WhenEmpty:
-    policy = contest.competition.on_empty
-    return WhenEmpty("hold") if contest.outage and policy.policy == "burn" else policy
+    return WhenEmpty("hold") if contest.outage else contest.competition.on_empty

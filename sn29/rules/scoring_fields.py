@@ -35,7 +35,7 @@ class FlooredAdvantage(Advantage):
 
     initial: Annotated[Number, Field(ge=0, lt=1)] = 0.002
     """As above. Half of the reference's, because evidence is asked for besides: with 0.004 an honest improvement of 0.3 %
-    waits for 3.75 days before a brand-new holder (`sn29 simulate incentive`)."""
+    waits for 3.75 days before a brand-new holder (`sn29 simulate incentive` of a file that says so), with this one for 0.4."""
     floor: Annotated[Number, Field(ge=0, lt=1)] = 0.0005
     """Smallest fraction of the loss by which a later model must be better, however old the earlier one is."""
 

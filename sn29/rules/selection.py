@@ -159,8 +159,8 @@ def choose(
     by_weight = sorted(oldest_first, key=lambda c: -last_weights.get(c.hotkey, 0.0))
     paid = [c for c in by_weight if last_weights.get(c.hotkey, 0.0) > 0][: pool.keep]
     rest = [c for c in oldest_first if c not in paid]
-    new = [c for c in rest if str(c.model) not in last_evaluated]
-    seen = sorted((c for c in rest if str(c.model) in last_evaluated), key=lambda c: last_evaluated[str(c.model)])
+    new = [c for c in rest if str(c.model) not in last_evaluated and c.hotkey not in resting]
+    seen = sorted((c for c in rest if c not in new), key=lambda c: last_evaluated.get(str(c.model), 0))
     order = {hotkey: place for place, hotkey in enumerate(challenging)}
     awake = [c for c in seen if c.hotkey not in resting]
     awake.sort(key=lambda c: (order.get(c.hotkey, len(order)), c.hotkey not in favoured))
@@ -187,20 +187,18 @@ def top_miners(rows: Iterable[Mapping[str, float]], *, fraction: float = 0.05) -
 
 
 def out_of_reach(duels: Iterable[Duel], entries: Mapping[str, Entry], needed: Mapping[str, float]) -> frozenset[str]:
-    """Challengers that another evaluation cannot help now: `duels` are those of the newest round.
+    """Challengers that another evaluation cannot help now: `duels` are what is known of them (`champion.open_duels`).
 
     A challenger rests while its holder is the same and even the most favourable end of its confidence sequence (`low`, of
     the mean of ln(its loss / the holder's)) does not reach what is needed against the holder today (`needed` by
-    holder, in the same unit, positive); as the holder's advantage decays it comes back by itself. A near copy rests as
-    long as its original is there.
+    holder, in the same unit, positive); as the holder's advantage decays it comes back by itself.
 
     Example: low -0.0012, needed 0.0030: rests. A week later needed is 0.0011: it is evaluated again.
     """
     return frozenset(
         d.challenger
         for d in duels
-        if d.holder in entries and d.challenger in entries and not d.won
-        if d.near_copy or d.low > -needed.get(d.holder, 0.0)
+        if d.holder in entries and d.challenger in entries and not d.won and d.low > -needed.get(d.holder, 0.0)
     )
 
 

@@ -256,15 +256,15 @@ def test_top_miners_are_those_that_anybody_rewards():
     assert top_miners([]) == frozenset()
 
 
-def duel(challenger: str, low: float, *, near_copy: bool = False, won: bool = False) -> Duel:
-    return Duel(challenger, "holder", 1500, low / 2, low, 0.001, 0.003, near_copy, won, 0.01, 0.005)
+def duel(challenger: str, low: float, *, won: bool = False) -> Duel:
+    return Duel(challenger, "holder", 1500, low / 2, low, 0.001, 0.003, False, won, 0.01, 0.005)
 
 
 def test_a_challenger_rests_while_even_its_best_case_is_not_enough():
-    entries = {h: Entry(h, 1) for h in ("holder", "far", "near", "copy", "winner")}
-    duels = [duel("far", -0.0012), duel("near", -0.0031), duel("copy", -0.5, near_copy=True), duel("winner", 0.0, won=True)]
-    assert out_of_reach(duels, entries, {"holder": 0.003}) == {"far", "copy"}
-    assert out_of_reach(duels, entries, {"holder": 0.0011}) == {"copy"}, "the advantage decayed"
+    entries = {h: Entry(h, 1) for h in ("holder", "far", "near", "winner")}
+    duels = [duel("far", -0.0012), duel("near", -0.0031), duel("winner", 0.0, won=True)]
+    assert out_of_reach(duels, entries, {"holder": 0.003}) == {"far"}
+    assert out_of_reach(duels, entries, {"holder": 0.0011}) == frozenset(), "the advantage decayed"
     gone = {h: e for h, e in entries.items() if h != "holder"}
     assert out_of_reach(duels, gone, {}) == frozenset(), "against another holder everything is open"
 
@@ -279,6 +279,8 @@ def test_new_models_come_before_favoured_ones_and_resting_ones_get_no_place():
     assert hotkeys(found.chosen) == ["seen", "new", "kept"]
     found = choose(given, Pool(keep=1, pending=9), {"kept": 1.0}, last, favoured={"top"}, resting={"rest"})
     assert hotkeys(found.waiting) == ["rest"]
+    found = choose(given, Pool(keep=1, pending=9), {"kept": 1.0}, {}, resting={"rest"})
+    assert hotkeys(found.waiting) == ["rest"], "also under a new revision, or in a store that has not seen it evaluated"
 
 
 def test_a_flood_of_new_models_does_not_stop_who_has_something_to_show():

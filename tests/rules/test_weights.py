@@ -7,8 +7,9 @@ import pytest
 from reference_vectors import cases, only
 from test_deviations import FAME_DEVIATIONS, WEIGHT_DEVIATIONS
 
+from sn29.errors import Rejected
 from sn29.records import Score, Weights
-from sn29.rules.competition import HallOfFame, HallOfFameEntry, WhenEmpty
+from sn29.rules.competition import HallOfFame, HallOfFameEntry, WhenEmpty, parse_hall_of_fame
 from sn29.rules.weights import combine, hall_of_fame_shares
 
 SHARES = {"c00": 0.5, "c01": 0.5}
@@ -58,6 +59,17 @@ def test_the_hall_of_fame_pays_what_the_reference_pays(case):
 def test_a_reward_that_is_still_to_come_pays_nothing_yet(case):
     assert case["expected"]["reward_sum"] > 0.005  # what a fresh one pays
     assert fame_of(case["input"]) == {}
+
+
+@pytest.mark.parametrize("case", only("hall_of_fame", {"bad_entry_keeps_earlier_max1.0": ""}))
+def test_an_entry_without_a_block_refuses_the_file(case):
+    [bad] = [e for e in case["input"]["hall_of_fame"]["A"] if "block" not in e]
+    text = (
+        f"max_fraction: 1.0\ndecay_per_epoch: 0.995\nblocks_per_epoch: 361\n"
+        f"entries:\n  - {{hotkey: {hotkey('A')}, reward_epochs: {bad['reward']}, reason: a fix}}\n"
+    )
+    with pytest.raises(Rejected, match="block"):
+        parse_hall_of_fame(text)
 
 
 def weights_of(given: dict) -> dict[str, float]:

@@ -9,7 +9,7 @@ demo: $(VENV)/.sn29
 	$(BIN)/sn29 demo
 
 test: $(VENV)/.sn29-dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.sn29-dev
 	$(BIN)/ruff check .

@@ -29,12 +29,22 @@ NOBODY = HallOfFame(max_fraction=0.0, decay_per_epoch=0.995, blocks_per_epoch=36
 PRIVATE_NETWORKS = ("localnet", "local")
 
 
-def open_chain(settings: NeuronSettings) -> Chain:
-    """The chain of `settings.network` with the wallet's hotkey."""
+def open_chain(settings: NeuronSettings, *, with_wallet: bool = True) -> Chain:
+    """The chain of `settings.network`, with the wallet's hotkey unless it is only read. Raises Rejected(SETTING)."""
     from sn29.chain import Chain, load_wallet
 
-    wallet = load_wallet(settings.wallet_name, settings.wallet_hotkey, settings.wallet_path)
-    return Chain(settings.netuid, network=network_name(settings), wallet=wallet, substrate=_substrate(settings))
+    hotkey = (settings.wallet_name, settings.wallet_hotkey, settings.wallet_path)
+    wallet = load_wallet(*hotkey) if with_wallet else None
+    return Chain(
+        settings.netuid,
+        network=network_name(settings),
+        fallbacks=settings.fallbacks,
+        archives=settings.archives,
+        wallet=wallet,
+        substrate=_substrate(settings),
+        deadline_s=settings.chain_deadline_s,
+        locks=settings.locks_dir,
+    )
 
 
 def network_name(settings: NeuronSettings) -> str:

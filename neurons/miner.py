@@ -2,6 +2,9 @@
 
 Trains a model on the competition's kind of text (or takes the folder that --model names), checks it as a validator would,
 publishes it as one commit on the Hub, commits to it on chain, reads the commitment back. Killed anywhere, it goes on.
+
+The repository is private from before the upload until the commitment is final. With --sealed the chain gets the digest
+alone first, and where the model is when that is final; see `sn29.submission` for the order of the steps.
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ async def run(settings: MinerSettings) -> None:
     if not checked.refusals:
         telemetry.tell("check", "a validator would evaluate this model", hotkey=chain.hotkey)
     async with chain:
-        await submit(chain, hub, folder, settings.repo, competition, fixed, force=settings.force)
+        await submit(chain, hub, folder, settings.repo, competition, fixed, sealed=settings.sealed, force=settings.force)
 
 
 def chosen(competitions: Mapping[str, Chosen], name: str) -> Chosen:

@@ -11,11 +11,18 @@ import fcntl
 import signal
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from sn29 import record_files, telemetry
 from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
 from sn29.settings import ValidatorSettings, read
+
+if TYPE_CHECKING:
+    from neurons.adapters import RulesReader
+    from sn29.chain import Chain
+    from sn29.examination import Ports
+    from sn29.publication import Publisher
+    from sn29.store import Store
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,6 +43,7 @@ async def run(settings: ValidatorSettings) -> None:
     from sn29.evaluation.worker import self_test
     from sn29.examination import Machine, Ports
     from sn29.hub import Hub
+    from sn29.publication import Publisher
     from sn29.round import begin_with
     from sn29.store import Store
 
@@ -53,8 +61,16 @@ async def run(settings: ValidatorSettings) -> None:
         download_deadline_s=settings.download_deadline_s,
     )
     await self_test(device=settings.device, dtype=settings.dtype, threads=settings.threads)
-    async with open_chain(settings) as chain:
-        store.belong_to(f"{await chain.block_hash(0)} netuid {settings.netuid}")
+    chain = open_chain(settings)
+    publisher = Publisher(
+        chain,
+        store,
+        max_change=settings.weights_max_change,
+        alarm_epochs=settings.weights_alarm_epochs,
+        pause_s=settings.poll_s,
+    )
+    try:
+        await _until_it_answers(chain, store, publisher, settings.poll_s)
         reader = RulesReader(settings, validator=chain.hotkey)
         names = ", ".join(reader.files.files)
         telemetry.tell("started", f"validator {chain.hotkey} on {settings.network}", competitions=names)
@@ -64,15 +80,40 @@ async def run(settings: ValidatorSettings) -> None:
             await begin_with(ports, record_files.read(settings.start_record))
         rounds_done = asyncio.Event()
         rounds = asyncio.create_task(_rounds(settings, ports, reader, rounds_done))
-        publisher = asyncio.create_task(_publisher(settings, ports, rounds_done))
-        _on_signals(rounds, publisher)
-        await _until_over(rounds, publisher)
+        publishing = asyncio.create_task(_publish(publisher, settings.poll_s, rounds_done))
+        _on_signals(rounds, publishing)
+        await _until_over(rounds, publishing)
+    finally:
+        await chain.close()
     store.close()
     lock.close()
     telemetry.tell("stopped", "nothing is lost: start again to go on")
 
 
-async def _rounds(settings: ValidatorSettings, ports, reader, done: asyncio.Event) -> None:  # type: ignore[no-untyped-def]
+async def _until_it_answers(chain: Chain, store: Store, publisher: Publisher, poll_s: float) -> None:
+    """Waits for the chain, as it would later on, and checks that it is the store's. Raises Rejected(SETTING)."""
+    pause_s = poll_s
+    while True:
+        try:
+            await _belong(chain, store)
+        except Unavailable as error:
+            telemetry.warn("unavailable", str(error))
+            publisher.watch()
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, 100 * poll_s)
+        else:
+            return
+
+
+async def _belong(chain: Chain, store: Store) -> None:
+    """One store, one network: raises Rejected(SETTING) otherwise. An upgraded runtime is only told."""
+    identity = await chain.identity()
+    before = store.belong_to(identity, chain.netuid)
+    if before is not None:
+        telemetry.warn("runtime", f"the chain's runtime is {identity.spec_version} now; it was {before}")
+
+
+async def _rounds(settings: ValidatorSettings, ports: Ports, reader: RulesReader, done: asyncio.Event) -> None:
     """One round after the other, waiting for the chain in between. Each is run by the rules in force at its block."""
     from sn29.round import plan_round, run_round
 
@@ -83,10 +124,11 @@ async def _rounds(settings: ValidatorSettings, ports, reader, done: asyncio.Even
             rules = reader.rules()
             plan = await plan_round(ports, rules, catch_up=settings.catch_up)
             if plan is not None:
+                await _belong(ports.chain, ports.store)
                 await run_round(ports, rules, plan)
                 finished += 1
                 continue
-        except Unavailable as error:
+        except Sn29Error as error:
             telemetry.warn("unavailable", str(error))
         except Exception:  # noqa: BLE001 - one of the two daemon loops: a bug is logged with its traceback, the loop goes on
             telemetry.bug("the round failed; it is tried again")
@@ -94,23 +136,24 @@ async def _rounds(settings: ValidatorSettings, ports, reader, done: asyncio.Even
     done.set()
 
 
-async def _publisher(settings: ValidatorSettings, ports, rounds_done: asyncio.Event) -> None:  # type: ignore[no-untyped-def]
-    """Sets weights whenever they are due; ends when the rounds are done and the last weights are on chain."""
-    from sn29.publication import publish
+async def _publish(publisher: Publisher, poll_s: float, rounds_done: asyncio.Event) -> None:
+    """Sets weights whenever they are due; ends when the rounds are done and nothing is left to do for their weights."""
+    from sn29.publication import Step
 
+    pause_s = poll_s
     while True:
         last_look = rounds_done.is_set()
         try:
-            await publish(ports.chain, ports.store)
-        except (Unavailable, Rejected) as error:  # e.g. not registered (yet): said again until it is mended
+            steps = await publisher.look()
+            if last_look and all(isinstance(step, Step) and step.settled for step in steps.values()):
+                return
+            pause_s = poll_s
+        except (Unavailable, Rejected) as error:  # no mechanism can be set, e.g. not registered (yet): said until mended
             telemetry.warn("not_published", str(error))
+            pause_s = min(max(2 * pause_s, getattr(error, "retry_s", None) or 0.0), 100 * poll_s)
         except Exception:  # noqa: BLE001 - the other daemon loop
             telemetry.bug("setting weights failed; it is tried again")
-        newest, publications = ports.store.weights(), ports.store.publications()
-        on_chain = newest is None or not newest.by_hotkey or (publications and publications[-1][1].block >= newest.block)
-        if last_look and on_chain:
-            return
-        await asyncio.sleep(settings.poll_s)
+        await asyncio.sleep(pause_s)
 
 
 def alone(state_dir: Path) -> TextIO:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sn29.records import Weights
 from sn29.round_record import CompetitionRecord, Json, ModelRecord, RoundRecord, encode
 
 
@@ -54,8 +55,8 @@ def audit(first: RoundRecord, second: RoundRecord) -> tuple[Difference, ...]:
         found += [stage(name, a, b) for name, a, b in pairs]
     found.append(_differs("registered hotkeys", list(first.registered), list(second.registered)))
     found.append(_differs("hall of fame", first.hall_of_fame, second.hall_of_fame))
-    found.append(_differs("last weights", _plain(first.last_weights), _plain(second.last_weights)))
-    found.append(_differs("weights", _plain(first.weights), _plain(second.weights)))
+    found.append(_differs("last weights", _by_mechanism(first.last_weights), _by_mechanism(second.last_weights)))
+    found.append(_differs("weights", _by_mechanism(first.weights), _by_mechanism(second.weights)))
     known = tuple(d for d in found if d is not None)
     rest = None if known else _differs("record", json.loads(encode(first)), json.loads(encode(second)))
     return (rest,) if rest else known
@@ -166,10 +167,12 @@ def _differs(what: str, first: Json, second: Json) -> Difference | None:
     return first_difference(first, second, what)
 
 
-def _plain(value: Any) -> Json:
-    if isinstance(value, tuple):
-        return [asdict(item) for item in value]
-    return None if value is None else asdict(value)
+def _plain(value: tuple[Any, ...]) -> Json:
+    return [asdict(item) for item in value]
+
+
+def _by_mechanism(weights: Mapping[int, Weights]) -> Json:
+    return {str(m): {"block": one.block, "by_hotkey": dict(one.by_hotkey)} for m, one in weights.items()}
 
 
 def _shown(value: object) -> str:

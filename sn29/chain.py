@@ -1,66 +1,38 @@
-"""The chain, as the rest of the house sees it: the one adapter on `bittensor.Client`.
+"""The chain, as the rest of the house sees it: with `endpoints` below it the one adapter on `bittensor.Client`.
 
 Every call has our own deadline, because the SDK's reads can block for minutes and its writes for ever. Blocks are
-polled, never subscribed to. A write is sent once; whatever the SDK says about it, the chain is read back and decides: a
-connection that drops while a transaction is watched is reported as a failure although the transaction lands. After a
-deadline the client is closed, so that neither a dead socket nor a nonce that was never used is carried on.
+polled, never subscribed to. A write is sent once; whatever the SDK says about it, the finalized chain is read back and
+decides: a connection that drops while a transaction is watched is reported as a failure although the transaction lands.
+
+Nothing is written twice, because a nonce can be used once: what stands on chain and the nonce that the next write must
+carry are read at one block. Either the earlier write of which nothing is known stands there already, or it and the new
+one carry the same nonce, and the chain takes only one of them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import re
-from collections.abc import Awaitable, Callable, Mapping
+import fcntl
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any
 
 import bittensor as bt
-from bittensor._transport.errors import StorageFunctionNotFound
 from bittensor.keyfiles import KeyfileError, WrongPasswordError
-from bittensor.settings import default_archive_endpoints, default_fallback_endpoints, resolve_endpoint
 
+from sn29.chain_state import ChainState, bytes_of, commitment_of, reason_of
+from sn29.endpoints import FAILURES, Link
 from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
-from sn29.records import (
-    MAX_COMMITMENT_BYTES,
-    Head,
-    Metagraph,
-    Neuron,
-    RawCommitment,
-    Receipt,
-    SubnetParams,
-    Weights,
-)
+from sn29.records import MAX_COMMITMENT_BYTES, Head, RawCommitment, Receipt, SubnetParams, Weights
+from sn29.weight_row import conform, fractions
 
-T = TypeVar("T")
-_U16 = 65535
-_RAW_FIELD = re.compile(r"Raw\d+")
-_FAILURES = (OSError, bt.BittensorError, StorageFunctionNotFound)
-"""What the SDK raises when the chain does not answer or refuses; TimeoutError is an OSError. The rest are bugs."""
 _ERA_BLOCKS = 16
 """A transaction that is not included within so many blocks (3 minutes) is void: a lost one cannot land much later."""
 
-_REASONS: Mapping[str, Reason] = {
-    "HotKeyNotRegisteredInSubNet": Reason.NOT_REGISTERED,
-    "HotKeyNotRegisteredInNetwork": Reason.NOT_REGISTERED,
-    "AccountNotAllowedCommit": Reason.NOT_REGISTERED,
-    "NeuronNoValidatorPermit": Reason.NOT_PERMITTED,
-    "NotEnoughStakeToSetWeights": Reason.NOT_PERMITTED,
-    "StakeAmountTooLow": Reason.NOT_PERMITTED,
-    "IncorrectWeightVersionKey": Reason.OUTDATED,
-    "UidVecContainInvalidOne": Reason.REFUSED_BY_CHAIN,
-    "DuplicateUids": Reason.REFUSED_BY_CHAIN,
-    "WeightVecLengthIsLow": Reason.REFUSED_BY_CHAIN,
-    "MaxWeightExceeded": Reason.REFUSED_BY_CHAIN,
-    "BadProof": Reason.REFUSED_BY_CHAIN,
-}
-"""The chain's refusals that trying again does not mend, by the chain's own names."""
-_CODES: Mapping[Any, Reason] = {
-    bt.ErrorCode.NOT_REGISTERED: Reason.NOT_REGISTERED,
-    bt.ErrorCode.NOT_AUTHORIZED: Reason.NOT_PERMITTED,
-}
-"""The same for the SDK's checks before sending, which carry a code and no name."""
 _NOT_SENT = (
     bt.ErrorCode.RATE_LIMITED,
     bt.ErrorCode.LIMIT_EXCEEDED,
@@ -69,6 +41,9 @@ _NOT_SENT = (
     bt.ErrorCode.SUBNET_NOT_EXISTS,
 )
 """Codes of refusals that pass with time or with other arguments, but say for certain that nothing was taken."""
+_BAD_PROOF = "BadProof"
+"""What the pool says of a signature that is for another block or runtime than its own: one that is too old by then, or was
+made just before an upgrade. A new one over a new connection is right."""
 
 
 def load_wallet(name: str, hotkey: str, path: Path) -> bt.Wallet:
@@ -98,7 +73,61 @@ def create_wallet(name: str, hotkey: str, path: Path) -> bt.Wallet:
     return wallet
 
 
-class Chain:
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What the chain showed at the block at which a write was decided."""
+
+    at: Head
+    nonce: int
+    """The one that our next write must carry. The pool's own count is not asked: it would make room for two writes."""
+
+
+@dataclass(slots=True)
+class _Sent:
+    """A set of weights that was sent, or may have been."""
+
+    values: Mapping[int, int]
+    """The chain's values by uid."""
+    since: int
+    """Block after which the chain may show it."""
+    timelocked: bool
+    digests: frozenset[str] = frozenset()
+    """sha256 hex of the bytes of a timelocked set, one for each time that it was sent: any of them may land."""
+    forgotten: bool = False
+    """It may have been sent once more, and nobody remembers that digest."""
+
+    def and_before(self, earlier: _Sent) -> _Sent:
+        """This one, sent after an earlier one of the same row."""
+        digests, forgotten = self.digests | earlier.digests, self.forgotten or earlier.forgotten
+        return _Sent(self.values, min(self.since, earlier.since), self.timelocked, digests, forgotten)
+
+
+class _Sealing:
+    """The substrate that the SDK seals weights with: notes the digest of what it sealed.
+
+    The SDK refuses rows shorter than the subnet's least count, which the chain does not ask for where fewer are registered;
+    `conform` has seen to the count.
+    """
+
+    def __init__(self, substrate: Any) -> None:
+        self._substrate, self.digest = substrate, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._substrate, name)
+
+    async def query(self, module: str, name: str, params: list[Any] | None = None, block_hash: str | None = None) -> Any:
+        if name == bt.storage.SubtensorModule.MinAllowedWeights[1]:
+            return 0
+        return await self._substrate.query(module, name, params, block_hash=block_hash)
+
+    async def compose(self, call: Any) -> Any:
+        _, _, params = call
+        if "commit" in params:
+            self.digest = sha256(bytes_of(params["commit"])).hexdigest()
+        return await self._substrate.compose(call)
+
+
+class Chain(ChainState):
     """One subnet on one chain. Reads need no wallet; writes are signed with the wallet's hotkey, one at a time."""
 
     def __init__(
@@ -106,45 +135,25 @@ class Chain:
         netuid: int,
         *,
         network: str = "finney",
+        fallbacks: Sequence[str] | None = None,
+        archives: Sequence[str] | None = None,
         wallet: Any = None,
         substrate: Any = None,
         deadline_s: float = 60.0,
+        locks: Path | None = None,
     ) -> None:
-        """network: finney, test, local, archive or a ws:// address; not used when `substrate` is given.
+        """As `ChainState`; a write takes at most twice `deadline_s`.
 
-        substrate: any implementation of the SDK's `Substrate` protocol; it is opened and closed by this object.
-        deadline_s: seconds that one question to the chain may take; a write takes at most twice that.
-        Raises Rejected(SETTING) for an unknown network.
+        locks: folder of the files that keep two processes from writing with one hotkey; None: only this object is kept.
         """
-        self.netuid = netuid
+        super().__init__(
+            netuid, network=network, fallbacks=fallbacks, archives=archives, substrate=substrate, deadline_s=deadline_s
+        )
         self._wallet = wallet
-        self._deadline_s = deadline_s
-        self._network = "local" if substrate is not None else network
-        self._make_substrate = _rpc(network) if substrate is None else lambda: substrate
-        self._client: Any = None
-        self._substrate: Any = None
-        self._opening = asyncio.Lock()
+        self._locks = locks
         self._writing = asyncio.Lock()
-
-    async def __aenter__(self) -> Self:
-        await self.open()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def open(self) -> None:
-        """Connects. Optional: any call does when there is no connection."""
-
-        async def nothing(_: Any) -> None: ...
-
-        await self._ask("chain connection", nothing)
-
-    async def close(self) -> None:
-        """Disconnects; does not wait longer than 5 s for a dead connection."""
-        client, self._client = self._client, None
-        if client is not None:
-            await _close(client)
+        self._unknown: dict[int, _Sent] = {}
+        """By mechanism: the last set of weights, while it is not known what became of it."""
 
     @property
     def hotkey(self) -> str:
@@ -153,112 +162,26 @@ class Chain:
             raise Rejected(Reason.SETTING, "no wallet", "a wallet with a hotkey")
         return str(self._wallet.hotkey.ss58_address)
 
-    # Reading
+    async def last_update(self, block: int | None = None, mechid: int = 0) -> int:
+        """The block of our last set (or commit) of that mechanism's weights, or of our registration, as the chain counts it
+        at a block (default: the head); 0 when not registered."""
+        return await self._last_update(await self._point(block), mechid)
 
-    async def head(self) -> Head:
-        """The newest block; it may still be replaced on a public chain."""
-        return await self._point("head", lambda client: client.block())
+    async def conformed(self, weights: Weights) -> dict[str, float]:
+        """The row that would stand on chain if these weights were set now, by hotkey, summing to 1: see `conform`.
 
-    async def finalized(self) -> Head:
-        """The newest block that can no longer change."""
-        return await self._point("finalized block", lambda client: client.finalized_block())
-
-    async def block_hash(self, block: int) -> str:
-        """0x and 64 hex digits. Raises Unavailable for a block that is not there yet."""
-        return str(await self._ask(f"hash of block {block}", lambda _: self._substrate.block_hash(block)))
-
-    async def block_seconds(self) -> float:
-        """Seconds between two blocks, as the chain states them (12 on finney)."""
-        return float(await self._ask("block time", lambda client: client.block_time()))
-
-    async def params(self, block: int | None = None) -> SubnetParams:
-        """The subnet's settings at a block (default: the head). Raises Unavailable when the subnet does not exist."""
-        item = bt.storage.SubtensorModule
-        asked = (
-            item.Tempo,
-            item.WeightsSetRateLimit,
-            item.MinAllowedWeights,
-            item.MaxWeightsLimit,
-            item.WeightsVersionKey,
-            item.CommitRevealWeightsEnabled,
-            item.ImmunityPeriod,
-        )
-
-        async def question(client: Any) -> list[Any]:
-            snapshot = await self._existing(client, block)
-            return list(await asyncio.gather(*(snapshot.query(one, [self.netuid]) for one in asked)))
-
-        tempo, rate, least, most, key, reveal, immunity = await self._ask("subnet settings", question)
-        return SubnetParams(
-            tempo=int(tempo),
-            weights_rate_limit=int(rate),
-            min_weights=int(least),
-            max_weight=int(most) / _U16,
-            version_key=int(key),
-            commit_reveal=bool(reveal),
-            immunity_blocks=int(immunity),
-        )
-
-    async def metagraph(self, block: int | None = None) -> Metagraph:
-        """All neurons at a block (default: the head). Raises Unavailable when the subnet does not exist."""
-
-        async def question(client: Any) -> Any:
-            snapshot = await client.at(block)
-            return await snapshot.subnets.metagraph(self.netuid, commitments=False)
-
-        graph = await self._ask("metagraph", question)
-        if graph is None:
-            raise Unavailable("metagraph", _no_subnet(self.netuid, block))
-        neurons = (
-            Neuron(
-                uid=n.uid,
-                hotkey=n.hotkey,
-                coldkey=n.coldkey,
-                permit=n.validator_permit,
-                stake=n.total_stake.amount,
-                incentive=n.incentive,
-                last_update=n.last_update,
-                registered_at=n.block_at_registration,
-            )
-            for n in graph
-        )
-        return Metagraph(self.netuid, graph.block, tuple(neurons))
-
-    async def commitments(self, block: int | None = None) -> tuple[RawCommitment, ...]:
-        """What the registered hotkeys have on chain at a block (default: the head), oldest first, ties by hotkey.
-
-        Raises Unavailable when the subnet does not exist: an empty answer always means that nobody committed.
+        Empty when no hotkey with weight is registered. Raises Rejected(NO_WEIGHTS) or Unavailable.
         """
+        at = await self._point(None)
+        graph, params = await self._graph(at), await self._params(at)
+        order = [n.hotkey for n in sorted(graph.neurons, key=lambda n: n.uid)]
+        return fractions(conform(weights.by_hotkey, order, params.min_weights, params.max_weight))
 
-        async def question(client: Any) -> Any:
-            snapshot = await self._existing(client, block)
-            return await snapshot.subnets.commitments(self.netuid)
+    async def commit(self, data: bytes, *, again: bool = False) -> Receipt:
+        """Writes our commitment; its block is the including one. Returns when the finalized chain shows it.
 
-        found = await self._ask("commitments", question)
-        raw = (RawCommitment(c.hotkey, c.block, _bytes_of(c.fields)) for c in found.values() if c.uid is not None)
-        return tuple(sorted(raw, key=lambda c: (c.block, c.hotkey)))
-
-    async def weights(self, hotkey: str, block: int | None = None) -> dict[str, float]:
-        """That validator's row at a block (default: the head), by hotkey, summing to 1; empty when it set none.
-
-        A uid that changed hands after the row was set is left out, as the chain does: its owner was not meant.
-        """
-        graph = await self.metagraph(block)
-        validator = next((n for n in graph.neurons if n.hotkey == hotkey), None)
-        if validator is None:
-            return {}
-        item = bt.storage.SubtensorModule.Weights
-        row = await self._ask("weights", lambda client: client.query(item, [self.netuid, validator.uid], block=graph.block))
-        meant = {n.uid: n.hotkey for n in graph.neurons if n.registered_at <= validator.last_update}
-        shares = {meant[int(uid)]: int(value) for uid, value in row or () if int(uid) in meant and int(value)}
-        total = sum(shares.values())
-        return {hotkey: value / total for hotkey, value in shares.items()}
-
-    # Writing
-
-    async def commit(self, data: bytes) -> Receipt:
-        """Writes our commitment; its block is always the including block, also for the same bytes again.
-
+        The same bytes that stand already are not written again, because that would move their block and lose the age of
+        our claim; so a process that died after sending may simply call this again. again: write them all the same.
         Raises Rejected (NOT_REGISTERED), or Unavailable: the epoch's room is used up, or the chain does not show it.
         """
         if not 0 < len(data) <= MAX_COMMITMENT_BYTES:
@@ -266,212 +189,378 @@ class Chain:
             raise Rejected(Reason.MALFORMED_COMMITMENT, f"{len(data)} bytes", limit, self.hotkey)
         call = bt.calls.Commitments.set_commitment(netuid=self.netuid, info={"fields": [{f"Raw{len(data)}": data}]})
 
-        async def landed(since: int) -> Receipt | None:
-            ours = await self._ask(
-                "commitment", lambda client: client.read("commitment", netuid=self.netuid, hotkey_ss58=self.hotkey)
-            )
-            if ours is None or ours.block <= since or _bytes_of(ours.fields) != data:
-                return None
-            return Receipt(int(ours.block), verified_by_readback=True)
+        async def landed(at: Head, since: int) -> Receipt | None:
+            ours = await self._commitment(at)
+            taken = ours is not None and ours.block > since and ours.data == data
+            return Receipt(ours.block, verified_by_readback=True) if ours is not None and taken else None
 
-        def send(client: Any) -> Any:
-            return client.submit_call(call, self._wallet, signer="hotkey", period=_ERA_BLOCKS, wait_for_finalization=False)
+        async with self._only_writer():
+            with _nothing_sent():
+                before = await self._before()
+                standing = await self._commitment(before.at)
+            if standing is not None and standing.data == data and not again:
+                return await self._read_back("commitment", landed, standing.block - 1, None, None)
+            return await self._write("commitment", before, lambda link: link.substrate.compose(call), landed)
 
-        return await self._write("commitment", send, landed)
-
-    async def set_weights(self, weights: Weights, *, version_key: int = 0) -> Receipt:
-        """Sets our row, mapped to uids by a fresh metagraph; hotkeys that left the subnet are dropped.
+    async def set_weights(
+        self,
+        weights: Weights,
+        *,
+        version_key: int = 0,
+        mechid: int = 0,
+        since: int | None = None,
+        digest: str | Collection[str] = "",
+        sending: Callable[[str], None] | None = None,
+    ) -> Receipt:
+        """Sets our row, mapped to uids by a fresh metagraph; hotkeys that left the subnet are dropped, and the rest is
+        fitted to the subnet's limits (see `conform`). Returns when the finalized chain shows it.
 
         With commit-reveal the row shows only after its reveal, and the receipt is for the commit of it. A receipt that
-        is not `verified_by_readback` means: the chain counts a weight set of ours, but the row is not the one sent.
+        is not `verified_by_readback` means: the chain counts a weight set of ours, but it is of another row.
+        since, digest: a set of the same row that the chain shows after this block is the one asked for, and is not repeated:
+        for a caller that died after sending. digest is all that `sending` was told since, one for each time that it was
+        sent; without it nothing is sent while a later commit of ours waits for its reveal.
+        sending: called with the digest of the encrypted bytes just before they are sent, so that it can be kept.
         Raises Rejected (NOT_REGISTERED, NOT_PERMITTED, OUTDATED, NO_WEIGHTS, REFUSED_BY_CHAIN) or Unavailable, with
-        `retry_s` while the chain's rate limit holds.
+        `retry_s` while the chain's rate limit holds; `certain` when neither this nor an earlier one can land any more.
         """
-        graph = await self.metagraph()
-        params = await self.params(graph.block)
-        uids = graph.uid_of()
-        if self.hotkey not in uids:
-            raise Rejected(Reason.NOT_REGISTERED, self.hotkey, f"a hotkey of subnet {self.netuid}")
-        row = {hotkey: w for hotkey, w in weights.by_hotkey.items() if hotkey in uids and w > 0}
-        if not row:
-            raise Rejected(Reason.NO_WEIGHTS, f"{len(weights.by_hotkey)} hotkeys", "at least one that is registered")
-        await self._check_rate_limit(graph, params)
-        intent = bt.SetWeights(
-            netuid=self.netuid, weights={uids[hotkey]: w for hotkey, w in row.items()}, version_key=version_key
-        )
+        kept = frozenset({digest} if isinstance(digest, str) else digest) - {""}
+        told = None if since is None else _Sent({}, since, True, kept, forgotten=not kept)
+        in_doubt = told is not None or mechid in self._unknown
+        try:
+            async with self._only_writer():
+                return await self._set(weights, version_key, mechid, told, sending)
+        except Unavailable as error:
+            error.certain = error.certain and not in_doubt
+            raise
 
-        async def landed(since: int) -> Receipt | None:
-            now = await self.metagraph()
-            updated = next((n.last_update for n in now.neurons if n.hotkey == self.hotkey), 0)
+    async def _set(
+        self,
+        weights: Weights,
+        version_key: int,
+        mechid: int,
+        told: _Sent | None,
+        sending: Callable[[str], None] | None,
+    ) -> Receipt:
+        with _nothing_sent():
+            before = await self._before()
+            graph, params = await self._graph(before.at), await self._params(before.at)
+            if not 0 <= mechid < params.mechanisms:
+                raise Rejected(Reason.SETTING, f"mechanism {mechid}", f"one of the subnet's {params.mechanisms}, from 0")
+            uids = graph.uid_of()
+            values = conform(weights.by_hotkey, list(uids), params.min_weights, params.max_weight)
+            if not values:
+                raise Rejected(Reason.NO_WEIGHTS, f"{len(weights.by_hotkey)} hotkeys", "at least one that is registered")
+            sent = _Sent({uids[hotkey]: value for hotkey, value in values.items()}, before.at.block, params.commit_reveal)
+            known = self._unknown.get(mechid)
+            if told is not None:
+                sent = sent.and_before(told)
+            if known is not None and known.values == sent.values:
+                sent = sent.and_before(known)
+            taken = await self._weights_landed(sent, params, mechid)(before.at, sent.since) if told or known else None
+            if taken is None or not (taken.verified_by_readback or (sent.forgotten and taken.digest)):
+                taken = None
+                await self._check_rate_limit(await self._last_update(before.at, mechid), before.at.block, params)
+        landed = self._weights_landed(sent, params, mechid)
+        if taken is not None:
+            receipt = await self._read_back("weights", landed, sent.since, None, None)
+        else:
+            receipt = await self._send(sent, before, landed, version_key, mechid, sending)
+        if sent.forgotten and receipt.digest and receipt.digest not in sent.digests:
+            why = f"a commit of block {receipt.block} waits for its reveal, and nobody knows whether it is of this row"
+            raise Unavailable("weights", why)
+        self._unknown.pop(mechid, None)
+        return receipt
+
+    async def _send(
+        self,
+        sent: _Sent,
+        before: _Before,
+        landed: Callable[[Head, int], Awaitable[Receipt | None]],
+        version_key: int,
+        mechid: int,
+        sending: Callable[[str], None] | None,
+    ) -> Receipt:
+        """Sends a set of weights, remembered until it is known what became of it."""
+        overtaken = self._unknown.get(mechid)
+        self._unknown[mechid] = sent
+        try:
+            return await self._write("weights", before, self._weights_call(sent, version_key, mechid, sending), landed)
+        except (Rejected, Unavailable) as error:
+            if isinstance(error, Rejected):
+                del self._unknown[mechid]
+            elif error.certain and overtaken is not None:
+                self._unknown[mechid] = overtaken
+            elif error.certain:
+                del self._unknown[mechid]
+            raise
+
+    def _weights_call(
+        self, sent: _Sent, version_key: int, mechid: int, sending: Callable[[str], None] | None
+    ) -> Callable[[Link], Awaitable[Any]]:
+        """Sealed weights are the SDK's affair; plain ones are one call, all of whose checks were made with better words."""
+        if not sent.timelocked:
+            dests, values = list(sent.values), list(sent.values.values())
+            call = bt.calls.SubtensorModule.set_mechanism_weights(
+                netuid=self.netuid, mecid=mechid, dests=dests, weights=values, version_key=version_key
+            )
+            return lambda link: link.substrate.compose(call)
+        row = {uid: float(value) for uid, value in sent.values.items()}
+        intent = bt.SetWeights(netuid=self.netuid, weights=row, version_key=version_key, mechid=mechid)
+
+        async def sealed(link: Link) -> Any:
+            sealing = _Sealing(link.substrate)
+            built = await intent.build(sealing, self._wallet)
+            sent.timelocked = bool(sealing.digest)  # commit-reveal may have been turned off just now
+            if sealing.digest:
+                sent.digests |= {sealing.digest}
+                if sending is not None:
+                    sending(sealing.digest)
+            return built
+
+        return sealed
+
+    def _weights_landed(self, sent: _Sent, params: SubnetParams, mechid: int) -> Callable[[Head, int], Awaitable[Receipt | None]]:
+        """Looks at a block for a set of ours that is newer than the block it is called with."""
+
+        async def landed(at: Head, since: int) -> Receipt | None:
+            updated = await self._last_update(at, mechid)
             if updated <= since:
                 return None
-            same = params.commit_reveal or _same_row(row, await self.weights(self.hotkey, now.block), params.max_weight)
-            return Receipt(updated, verified_by_readback=same)
+            same = await self._values(at, mechid) == sent.values
+            if not sent.timelocked:
+                return Receipt(updated, verified_by_readback=same)
+            hidden = [p for p in await self._pending(self.hotkey, at.block, mechid) if p.commit_block > since]
+            ours = [p for p in hidden if p.digest in sent.digests]
+            if same and not ours:  # it is revealed already
+                return Receipt(updated, True, mode="timelocked", reveals_at=_reveal_block(params, updated))
+            if not hidden:  # another's, and revealed
+                return Receipt(updated, verified_by_readback=False, mode="timelocked")
+            found = (ours or hidden)[-1]
+            return Receipt(
+                found.commit_block,
+                verified_by_readback=bool(ours),
+                mode="timelocked",
+                reveal_round=found.reveal_round,
+                reveals_at=_reveal_block(params, found.commit_block),
+                digest=found.digest,
+            )
 
-        def send(client: Any) -> Any:
-            return client.execute(intent, self._wallet, period=_ERA_BLOCKS, wait_for_finalization=False)
+        return landed
 
-        return await self._write("weights", send, landed)
-
-    async def _check_rate_limit(self, graph: Metagraph, params: SubnetParams) -> None:
+    async def _check_rate_limit(self, last: int, block: int, params: SubnetParams) -> None:
         """Asks here what the SDK asks again before it signs, because its answer does not say how long to wait."""
-        last = next(n.last_update for n in graph.neurons if n.hotkey == self.hotkey)
-        wait = last + params.weights_rate_limit - graph.block
+        wait = last + params.weights_rate_limit - block
         if last and wait > 0:
             why = f"last set at block {last}; {wait} of {params.weights_rate_limit} blocks to wait"
-            raise Unavailable("weights", why, retry_s=wait * await self.block_seconds())
+            raise Unavailable("weights", why, retry_s=wait * await self.block_seconds(), certain=True)
+
+    @asynccontextmanager
+    async def _only_writer(self) -> AsyncIterator[None]:
+        """One write at a time of one hotkey, over all processes that share the folder of locks."""
+        name = f"{self.hotkey}.lock"  # a wallet is needed: say so before anything is asked
+        async with self._writing:
+            if self._locks is None:
+                yield
+                return
+            try:
+                self._locks.mkdir(parents=True, exist_ok=True)
+                file = (self._locks / name).open("a+")
+            except OSError as error:
+                raise Rejected(Reason.SETTING, f"{self._locks} ({error})", "a folder for locks that can be written") from error
+            with file:
+                clock = asyncio.get_running_loop().time
+                end = clock() + self._deadline_s
+                while not _locked(file.fileno()):
+                    if clock() >= end:
+                        file.seek(0)
+                        who = file.read().strip() or "another process"
+                        why = f"{who} is writing with hotkey {self.hotkey}"
+                        raise Unavailable("write", why, retry_s=self._deadline_s, certain=True)
+                    await asyncio.sleep(min(0.05, self._deadline_s / 10))
+                file.truncate(0)
+                file.write(f"process {os.getpid()}")
+                file.flush()
+                yield  # closing the file gives the lock back, and so does the end of the process
+
+    async def _before(self) -> _Before:
+        """The newest block, with our nonce there. Raises Rejected(NOT_REGISTERED)."""
+
+        async def question(link: Link) -> _Before:
+            at = await self._existing(link, None)
+            account, uid = await asyncio.gather(
+                link.query(bt.storage.System.Account, [self.hotkey], at.hash),
+                link.query(bt.storage.SubtensorModule.Uids, [self.netuid, self.hotkey], at.hash),
+            )
+            if uid is None:
+                raise Rejected(Reason.NOT_REGISTERED, self.hotkey, f"a hotkey of subnet {self.netuid}")
+            return _Before(at, int(account["nonce"]))
+
+        return await self._ask("state before a write", question)
 
     async def _write(
-        self, what: str, send: Callable[[Any], Awaitable[Any]], landed: Callable[[int], Awaitable[Receipt | None]]
+        self,
+        what: str,
+        before: _Before,
+        build: Callable[[Link], Awaitable[Any]],
+        landed: Callable[[Head, int], Awaitable[Receipt | None]],
     ) -> Receipt:
-        """Sends once, then looks at the chain until the deadline, unless it was certainly refused.
+        """Sends once, then looks at the finalized chain until the deadline, unless it was certainly refused.
 
-        landed: given the head before sending, the receipt if the chain shows a later write of ours.
+        build: gives the composed call. landed: given a finalized block and the block before sending, the receipt if the
+        chain shows a later write of ours.
         """
-        async with self._writing:
-            self.hotkey  # noqa: B018  (a wallet is needed: say so before anything is sent)
-            since = (await self.head()).block
-            pause_s = min(await self.block_seconds() / 2, self._deadline_s / 4)
-            problem: Exception | None = None
-            try:
-                result = await self._within_deadline(send)
-                if not result.success:
-                    problem = result.error or bt.ChainError(result.message)
-            except _FAILURES as error:
-                problem = error
-            if problem is not None and _is_certain(problem):
-                raise self._meaning(what, problem) from problem
-            receipt = await self._read_back(landed, since, pause_s)
-            if receipt is None:
-                why = f"sent, but the chain does not show it ({problem or 'the chain said it was taken'})"
-                raise Unavailable(what, why) from problem
-            return receipt
+        under_way = False
 
-    async def _read_back(self, landed: Callable[[int], Awaitable[Receipt | None]], since: int, pause_s: float) -> Receipt | None:
-        """The receipt, once the chain shows it; None at the deadline. A chain that is away meanwhile may come back."""
+        async def send(link: Link) -> Any:
+            nonlocal under_way
+            built = await build(link)
+            call = getattr(built, "call", built)  # an intent's call comes with extras
+            under_way = True
+            return await link.substrate.submit(
+                call,
+                self._wallet.hotkey,
+                nonce=before.nonce,
+                period=_ERA_BLOCKS,
+                wait_for_inclusion=True,
+                wait_for_finalization=False,
+            )
+
+        problem: Exception | None = None
+        included: Head | None = None
+        try:
+            result = await self._endpoints.ask(send, hop=False)
+            if result.extrinsic_id:
+                included = Head(int(result.extrinsic_id.split("-")[0]), str(result.block_hash))
+            if not result.success:
+                problem = result.error or bt.ChainError(result.message)
+        except FAILURES as error:
+            problem = error
+        if isinstance(problem, bt.ChainError) and problem.name == _BAD_PROOF:
+            await self._endpoints.renew()
+        if problem is not None and (not under_way or (included is None and _is_certain(problem))):
+            raise self._not_taken(what, problem) from problem
+        return await self._read_back(what, landed, before.at.block, included, problem)
+
+    async def _read_back(
+        self,
+        what: str,
+        landed: Callable[[Head, int], Awaitable[Receipt | None]],
+        since: int,
+        included: Head | None,
+        problem: Exception | None,
+    ) -> Receipt:
+        """The receipt, once the finalized chain shows it. A chain that is away meanwhile may come back.
+
+        included: the block that was seen to hold the write, if any; with a problem, the one in which it failed. Only when
+        that block is final has it failed for good: in another block it may succeed. Raises what the problem means then, or
+        Unavailable at the deadline, or when so many blocks have passed that the transaction is void.
+        """
         clock = asyncio.get_running_loop().time
         end = clock() + self._deadline_s
+        void_after: int | None = None
+        pause_s = self._deadline_s / 4
+        trouble = problem
         while True:
             try:
-                receipt = await landed(since)
-            except Unavailable:
-                receipt = None
-            if receipt is not None or clock() >= end:
-                return receipt
-            await asyncio.sleep(pause_s)
-
-    # One question
-
-    async def _point(self, what: str, number: Callable[[Any], Awaitable[int]]) -> Head:
-        async def question(client: Any) -> Head:
-            block = int(await number(client))
-            return Head(block, str(await self._substrate.block_hash(block)))
-
-        return await self._ask(what, question)
-
-    async def _existing(self, client: Any, block: int | None) -> Any:
-        """A snapshot at the block (default: the head), after a look whether the subnet exists there."""
-        snapshot = await client.at(block)
-        if not await snapshot.query(bt.storage.SubtensorModule.NetworksAdded, [self.netuid]):
-            raise Unavailable("subnet", _no_subnet(self.netuid, snapshot.block))
-        return snapshot
-
-    async def _ask(self, what: str, question: Callable[[Any], Awaitable[T]]) -> T:
-        try:
-            return await self._within_deadline(question)
-        except _FAILURES as error:
-            raise self._meaning(what, error) from error
-
-    async def _within_deadline(self, question: Callable[[Any], Awaitable[T]]) -> T:
-        """The answer, or what the SDK raises. A failed connection is closed, so the next question opens another."""
-        client = None
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                client = await self._connected()
-                return await question(client)
-        except bt.ChainError:
-            raise
-        except _FAILURES:
-            if client is self._client:
-                await self.close()
-            raise
-
-    async def _connected(self) -> Any:
-        async with self._opening:
-            if self._client is None:
-                substrate = self._make_substrate()
-                client = bt.Client(self._network, substrate=substrate)
-                try:
-                    await client.connect()
-                except BaseException:  # also when our deadline cancels it: half a connection is closed, not leaked
-                    await _close(client)
+                pause_s = min(await self.block_seconds() / 2, self._deadline_s / 4)
+                if void_after is None and included is None:
+                    void_after = (await self.head()).block + _ERA_BLOCKS
+                final = await self.finalized()
+                if included is not None and final.block >= included.block:
+                    stands = await self.block_hash(included.block) == included.hash
+                    if stands and problem is not None:
+                        raise self._not_taken(what, problem) from problem
+                    included = included if stands else None  # another block took its place, and may hold the write or not
+                if final.block > since and (included is None or final.block >= included.block):
+                    receipt = await landed(final, since)
+                    if receipt is not None:
+                        return receipt
+                if void_after is not None and final.block > void_after:
+                    break
+            except Unavailable as error:
+                if error.certain:
                     raise
-                self._client, self._substrate = client, substrate
-            return self._client
+                trouble = trouble or error
+            if clock() >= end:
+                break
+            await asyncio.sleep(pause_s)
+        why = f"sent, but the chain does not show it ({trouble or 'the chain said it was taken'})"
+        raise Unavailable(what, why) from trouble
 
-    def _meaning(self, what: str, error: Exception) -> Sn29Error:
-        """What a failure of the SDK means to us: try again, or never."""
-        if isinstance(error, TimeoutError):
-            return Unavailable(what, f"the chain did not answer within {self._deadline_s:g} s")
-        if isinstance(error, StorageFunctionNotFound):
-            return Unavailable(what, f"the chain's runtime and bittensor {bt.__version__} do not match: {error}")
-        if isinstance(error, bt.RpcPolicyError):
-            wait = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*", error.retry_after or "")
-            return Unavailable(what, f"the node refuses traffic: {error}", float(wait[1]) if wait else None)
-        if isinstance(error, bt.ChainError):
-            reason = _reason(error)
-            if reason:
-                return Rejected(reason, error.name or error.message, f"subnet {self.netuid}", what)
-            return Unavailable(what, f"{error.name}: {error.message}" if error.name else error.message)
-        return Unavailable(what, str(error) or type(error).__name__)
+    def _not_taken(self, what: str, problem: Exception) -> Sn29Error:
+        """What a failure means that says for certain that nothing was taken."""
+        meaning = self._meaning(what, problem)
+        if isinstance(meaning, Unavailable):
+            meaning.certain = True
+        return meaning
+
+    # Our own on chain
+
+    async def _commitment(self, at: Head) -> RawCommitment | None:
+        """Our own on chain at a block."""
+        item = bt.storage.Commitments.CommitmentOf
+        record = await self._ask("commitment", lambda link: link.query(item, [self.netuid, self.hotkey], at.hash))
+        return commitment_of(self.hotkey, record)
+
+    async def _last_update(self, at: Head, mechid: int) -> int:
+        """The block of our last set (or commit) of weights, as the chain counts it at a block; 0 when not registered."""
+        item = bt.storage.SubtensorModule
+
+        async def question(link: Link) -> int:
+            uid = await link.query(item.Uids, [self.netuid, self.hotkey], at.hash)
+            updates = await link.query(item.LastUpdate, [self._index(mechid)], at.hash) or []
+            return int(updates[uid]) if uid is not None and uid < len(updates) else 0
+
+        return await self._ask("last update", question)
+
+    async def _values(self, at: Head, mechid: int) -> dict[int, int]:
+        """Our own row as it is stored, by uid."""
+        item = bt.storage.SubtensorModule
+
+        async def question(link: Link) -> Any:
+            uid = await link.query(item.Uids, [self.netuid, self.hotkey], at.hash)
+            return await link.query(item.Weights, [self._index(mechid), uid], at.hash) if uid is not None else ()
+
+        return {int(uid): int(value) for uid, value in await self._ask("weights", question) or ()}
 
 
-async def _close(client: Any) -> None:
-    """Closes within 5 s or gives up: the client is not used again either way."""
-    with contextlib.suppress(*_FAILURES):
-        async with asyncio.timeout(5):
-            await client.close()
-
-
-def _rpc(network: str) -> Callable[[], Any]:
-    """Makes connections to a network, with the SDK's spare endpoints. Raises Rejected(SETTING) for an unknown name."""
+@contextmanager
+def _nothing_sent() -> Iterator[None]:
+    """Marks what fails inside as a failure before anything was sent."""
     try:
-        label, endpoint = resolve_endpoint(network)
-    except ValueError as error:
-        raise Rejected(Reason.SETTING, network, "finney, test, local, archive or a ws:// address") from error
-    spare, archive = default_fallback_endpoints(label), default_archive_endpoints(label)
-    return lambda: bt.RpcSubstrate(endpoint, fallback_endpoints=spare, archive_endpoints=archive)
+        yield
+    except Unavailable as error:
+        error.certain = True
+        raise
 
 
-def _reason(error: Any) -> Reason | None:
-    """Why the chain will never take it; None when it may another time."""
-    return _REASONS.get(error.name) if error.name else _CODES.get(error.code)
+def _locked(descriptor: int) -> bool:
+    """Whether the file's lock is ours now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_certain(problem: Exception) -> bool:
-    """Whether the failure says for certain that the chain did not take the write."""
+    """Whether the failure of a transaction that was passed on says for certain that the chain did not take it."""
     if isinstance(problem, bt.ChainError):
         # "Invalid" is what the pool says when it forgets a transaction, which may be because it was included.
-        return _reason(problem) is not None or (problem.code in _NOT_SENT and problem.name != "Invalid")
-    return isinstance(problem, StorageFunctionNotFound)
+        if problem.name in (_BAD_PROOF, "Invalid"):
+            return bool(problem.name == _BAD_PROOF)
+        return reason_of(problem) is not None or problem.code in _NOT_SENT
+    return False
 
 
-def _bytes_of(fields: list[Any]) -> bytes:
-    """The bytes of a commitment that is one raw field; any other shape as JSON, which our parser refuses."""
-    if len(fields) == 1 and isinstance(fields[0], dict) and len(fields[0]) == 1:
-        ((kind, value),) = fields[0].items()
-        if _RAW_FIELD.fullmatch(kind) and isinstance(value, str) and value.startswith("0x"):
-            return bytes.fromhex(value[2:])
-    return json.dumps(fields, default=str).encode()
-
-
-def _same_row(sent: Mapping[str, float], found: Mapping[str, float], max_weight: float) -> bool:
-    """Whether the row on chain is the one sent, within u16 steps; if the SDK may clip shares, only hotkeys count."""
-    if max_weight < 1:
-        return set(found) <= set(sent)
-    total, step = sum(sent.values()), len(sent) / _U16
-    return set(found) <= set(sent) and all(abs(found.get(h, 0.0) - w / total) <= step for h, w in sent.items())
-
-
-def _no_subnet(netuid: int, block: int | None) -> str:
-    return f"there is no subnet {netuid} at {'the head' if block is None else f'block {block}'}"
+def _reveal_block(params: SubnetParams, commit_block: int) -> int | None:
+    """The first block of the epoch that reveals a commit; None when the runtime does not tell its epochs."""
+    following, newest = params.next_epoch_block, params.last_epoch_block
+    if following is None or params.tempo <= 0:
+        return None
+    if newest is not None and commit_block < newest:  # committed so many epochs ago
+        following -= -((commit_block - newest) // params.tempo) * params.tempo
+    if commit_block >= following:  # the epoch ran between the decision and the inclusion
+        following += params.tempo
+    return following + (params.reveal_epochs - 1) * params.tempo

@@ -22,6 +22,8 @@ sn29 {__version__}: node software of Bittensor subnet 29
   sn29 demo                        a whole subnet on this machine: chain, Hub, miners, validator, and a page at the end
   sn29 validator                   pull miners' models, check them, measure every sample's loss, set weights
   sn29 miner                       train a model, check it as a validator would, publish it, commit to it
+  sn29 doctor [validator|miner]    is all there that it needs? a line for each check; exit 0 or 1, with what to do
+  sn29 config [PROGRAM] [FLAGS]    every setting of a program, its value, and where the value comes from
   sn29 check MODEL_DIR             would a validator accept this model? exit 0 or 1, with the reason
   sn29 competitions check [DIR]    are these competition files valid? exit 0 or 1, with file, field and both values
   sn29 competitions show [DIR]     the rules in force at a block or a time, and what comes next
@@ -81,6 +83,39 @@ def _miner(words: list[str]) -> int:
     from neurons.miner import main as run
 
     return run(words)
+
+
+def _doctor(words: list[str]) -> int:
+    from sn29.doctor import main as run
+
+    return run(words)
+
+
+def _config(words: list[str]) -> int:
+    """[PROGRAM] [its flags]: nothing is run."""
+    from sn29.settings import programs, read_with_origins, settings_of, shown_value
+
+    kinds = {str(kind.model_config.get("cli_prog_name")).removeprefix("sn29 "): kind for kind in programs()}
+    if words[:1] in (["--help"], ["-h"]):
+        print("usage: sn29 config [--json] [PROGRAM] [FLAGS]\n")
+        print("Every setting of a program (default: validator), its value, and where the value comes from:")
+        print(f"a flag, the environment, .env, the YAML file, or the default.\n\nPROGRAM: {', '.join(kinds)}")
+        return 0
+    as_json = words[:1] == ["--json"]
+    words = words[1:] if as_json else words
+    name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in kinds), "")
+    if words and not name and not words[0].startswith("-"):
+        raise Rejected(Reason.SETTING, words[0], ", ".join(kinds), "sn29 config")
+    kind = kinds[name or "validator"]
+    settings, origins = read_with_origins(kind, words[len(name.split()) :])
+    rows = [(s.names[0], shown_value(s, settings), origins[s.field]) for s in settings_of(kind)]
+    if as_json:
+        print(json.dumps([dict(zip(("name", "value", "origin"), row, strict=True)) for row in rows], indent=2))
+        return 0
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for row in rows:
+        print(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}")
+    return 0
 
 
 def _demo(words: list[str]) -> int:
@@ -291,6 +326,8 @@ _COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int]] = {
     ("demo",): _demo,
     ("validator",): _validator,
     ("miner",): _miner,
+    ("doctor",): _doctor,
+    ("config",): _config,
     ("check",): _check,
     ("competitions", "check"): _competitions_check,
     ("competitions", "show"): _of_competitions("show"),

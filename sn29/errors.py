@@ -114,9 +114,11 @@ class Sn29Error(Exception):
 class Unavailable(Sn29Error):
     """The chain, the Hub, the disk or a child process did not answer: nothing is known, so try again later."""
 
-    def __init__(self, what: str, why: str, retry_s: float | None = None) -> None:
+    def __init__(self, what: str, why: str, retry_s: float | None = None, *, certain: bool = False) -> None:
         super().__init__(f"{what}: {why}")
         self.what, self.why = what, why
+        self.certain = certain
+        """Of a write: the other side has for certain not taken it and never will, so it may be sent again at any time."""
         self.retry_s = retry_s
         """Seconds after which the other side asked to be tried again; None when it did not say."""
 

@@ -79,7 +79,8 @@ class Passage:
     """Among all that were evaluated: 1 is the largest weight."""
     num_models: int = 0
     weight: float = 0.0
-    """Share of all weights, 0..1, after the moving average."""
+    """Share of all weights of the competition's mechanism, 0..1, after the moving average."""
+    mechanism: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +112,18 @@ def passages(records: Iterable[RoundRecord], hotkey: str) -> Iterator[Passage]:
 
 
 def _passage(record: RoundRecord, outcome: Outcome) -> Passage:
-    block, weight = record.head.block, record.weights.by_hotkey.get(outcome.hotkey, 0.0)
+    block, weight = record.head.block, record.weights_of(outcome.competition).get(outcome.hotkey, 0.0)
     kept = record.competitions.get(outcome.competition)
+    mechanism = kept.mechanism if kept else 0
     model = kept.model(outcome.hotkey) if kept else None
     if kept is None or model is None or not model.evaluated:
-        return Passage(block, outcome, weight=weight)
+        return Passage(block, outcome, weight=weight, mechanism=mechanism)
     scored = [x for x in model.losses if math.isfinite(x)]
     order = [s.hotkey for s in _best_first(kept.scores)]
     return Passage(
         block, outcome, len(model.losses), model.unscored, math.fsum(scored) / len(scored) if scored else math.inf,
         next((s for s in kept.scores if s.hotkey == outcome.hotkey), None),
-        order.index(outcome.hotkey) + 1 if outcome.hotkey in order else 0, len(order), weight,
+        order.index(outcome.hotkey) + 1 if outcome.hotkey in order else 0, len(order), weight, mechanism,
     )  # fmt: skip
 
 
@@ -295,7 +297,7 @@ def _told_evaluated(p: Passage) -> list[str]:
         s = p.score
         lines.append(
             f"  place {p.place} of {p.num_models}: win rate {s.win_rate:.3f}, {s.weight:.2%} of the competition's reward; "
-            f"weight after this round {p.weight:.2%}"
+            f"weight after this round {p.weight:.2%}{f' of mechanism {p.mechanism}' if p.mechanism else ''}"
         )
     return lines
 

@@ -32,7 +32,8 @@ def replay(words: list[str]) -> int:
     decision = again.recompute(record)
     difference = again.compare(record, decision)
     if settings.json_output:
-        _print_json(_decided(decision) | {"equal": not difference, "difference": difference and asdict(difference)})
+        found = {"equal": not difference, "difference": difference and asdict(difference)}
+        _print_json(_decided(decision, record.head.block) | found)
     else:
         print("\n".join(_told(decision)))
         said = f"not what was recorded (recorded | computed): {difference}" if difference else "the same bits as recorded"
@@ -53,7 +54,8 @@ def _replay_otherwise(settings: ReplaySettings, record: RoundRecord) -> int:
     found = again.what_if(record, change, hall)
     refused = {hotkey: str(error) for hotkey, error in sorted(found.refused.items())}
     if settings.json_output:
-        _print_json(_decided(found.decision) | {"recorded_weights": dict(record.weights.by_hotkey), "refused": refused})
+        then = {"recorded_weights": _plain(record.weights), "refused": refused}
+        _print_json(_decided(found.decision, record.head.block) | then)
     else:
         print("\n".join([*_told(found.decision, record.weights), *(f"  not scored: {why}" for why in refused.values())]))
     return 0
@@ -73,7 +75,7 @@ def _replay_by_hand(settings: ReplaySettings, data: Json) -> int:
         contest = again.changed(contest, again.Changed(again.with_rule(contest.competition, settings.rule)))
     decision = again.decide_by_hand(contest)
     if settings.json_output:
-        _print_json(_decided(decision))
+        _print_json(_decided(decision, contest.window.seed.block))
     else:
         print("\n".join(_told(decision)))
     return 0
@@ -144,24 +146,33 @@ def _repeated(words: list[str], flag: str) -> list[str]:
 # --- in words ---------------------------------------------------------------------------------------------------------
 
 
-def _told(decision: Decision, recorded: Weights | None = None) -> list[str]:
+def _told(decision: Decision, recorded: Mapping[int, Weights] | None = None) -> list[str]:
     """Scores and weights, best first."""
     lines = []
     for name, scored in sorted(decision.scored.items()):
         lines.append(name if scored.scores else f"{name}: nobody was scored")
         for s in sorted(scored.scores, key=lambda s: (-s.weight, -s.win_rate, s.hotkey)):
             lines.append(f"  {s.hotkey}  share {s.weight:.4f}  win rate {s.win_rate:.4f}  wins {s.wins:g}")
-    now, then = decision.weights.by_hotkey, recorded.by_hotkey if recorded else {}
-    lines.append("weights, with what was recorded" if recorded else "weights")
-    for hotkey in sorted({*now, *then}, key=lambda h: (-now.get(h, 0.0), h)):
-        was = f"  ({then.get(hotkey, 0.0):.6f})" if recorded else ""
-        lines.append(f"  {hotkey}  {now.get(hotkey, 0.0):.6f}{was}")
+    nothing = Weights(0, {})
+    for mechanism in sorted({*decision.weights, *(recorded or {})}):
+        now = decision.weights.get(mechanism, nothing).by_hotkey
+        then = recorded.get(mechanism, nothing).by_hotkey if recorded else {}
+        which = f" of mechanism {mechanism}" if mechanism else ""
+        lines.append(f"weights{which}{', with what was recorded' if recorded else ''}")
+        for hotkey in sorted({*now, *then}, key=lambda h: (-now.get(h, 0.0), h)):
+            was = f"  ({then.get(hotkey, 0.0):.6f})" if recorded else ""
+            lines.append(f"  {hotkey}  {now.get(hotkey, 0.0):.6f}{was}")
     return lines
 
 
-def _decided(decision: Decision) -> dict[str, Json]:
+def _decided(decision: Decision, block: int) -> dict[str, Json]:
     scores = {name: [asdict(s) for s in scored.scores] for name, scored in sorted(decision.scored.items())}
-    return {"block": decision.weights.block, "scores": scores, "weights": dict(decision.weights.by_hotkey)}
+    return {"block": block, "scores": scores, "weights": _plain(decision.weights)}
+
+
+def _plain(weights: Mapping[int, Weights]) -> Json:
+    """Mechanism -> hotkey -> weight."""
+    return {str(mechanism): dict(one.by_hotkey) for mechanism, one in sorted(weights.items())}
 
 
 def _told_simulated(rounds: Sequence[again.Simulated]) -> list[str]:

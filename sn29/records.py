@@ -17,6 +17,7 @@ _COMMITMENT = re.compile(
     rf"(?P<namespace>{_REPO_PART}):(?P<name>{_REPO_PART}):(?P<revision>[0-9a-f]{{40}})"
     r":(?P<digest>[A-Za-z0-9+/]{43}=):(?P<competition>[a-z0-9][a-z0-9_-]{0,15})"
 )
+_SEALED = re.compile(r"sealed:(?P<digest>[A-Za-z0-9+/]{43}=):(?P<competition>[a-z0-9][a-z0-9_-]{0,15})")
 _MODEL_ID = re.compile(rf"(?P<namespace>{_REPO_PART})/(?P<name>{_REPO_PART})@(?P<revision>[0-9a-f]{{40}})")
 
 
@@ -81,6 +82,31 @@ class Commitment:
 
 
 @dataclass(frozen=True, slots=True)
+class Sealed:
+    """A claim that does not say yet where the model is: a commitment with the same digest is to follow."""
+
+    hotkey: str
+    block: int
+    """The block that included it."""
+    digest: str
+    """As in the commitment that follows: bound to the files and to the hotkey, and of no use to anybody else."""
+    competition: str
+
+    def encode(self) -> bytes:
+        """The chain's bytes; at most 67 of them. Raises Rejected for a competition's name that does not fit."""
+        data = f"sealed:{self.digest}:{self.competition}"
+        if not _SEALED.fullmatch(data):
+            raise Rejected(Reason.MALFORMED_COMMITMENT, data, _SEALED.pattern)
+        return data.encode()
+
+    @classmethod
+    def parse(cls, hotkey: str, block: int, data: bytes) -> Sealed | None:
+        """From the chain's bytes; None when they are anything else, whatever it is."""
+        found = _SEALED.fullmatch(data.decode("utf-8", errors="replace")) if len(data) <= MAX_COMMITMENT_BYTES else None
+        return cls(hotkey, block, found["digest"], found["competition"]) if found else None
+
+
+@dataclass(frozen=True, slots=True)
 class RawCommitment:
     """What a hotkey wrote on chain, as bytes, with the block that included it."""
 
@@ -96,6 +122,16 @@ class Head:
     block: int
     hash: str
     """0x and 64 hex digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which chain answers, and with which rules."""
+
+    genesis: str
+    """Hash of block 0: the chain's name for good; 0x and 64 hex digits."""
+    spec_version: int
+    """The runtime's version; it rises when the chain's rules are upgraded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +175,16 @@ class SubnetParams:
     """Largest share that one uid may get, 0..1."""
     version_key: int
     commit_reveal: bool
+    """Whether weights are committed encrypted and shown by the chain itself some epochs later."""
     immunity_blocks: int
+    reveal_epochs: int = 1
+    """Epochs between the epoch of a commit and the one that reveals it."""
+    mechanisms: int = 1
+    """Mechanisms of the subnet, numbered from 0; each has weights of its own."""
+    last_epoch_block: int | None = None
+    """Block of the newest reward run; None when the runtime does not say."""
+    next_epoch_block: int | None = None
+    """Block at which the next one is expected; None when the runtime does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +194,27 @@ class Receipt:
     block: int
     verified_by_readback: bool
     """True when the outcome was read back from the chain; we do that always, also after an unclear reply."""
+    mode: str = "plain"
+    """`plain` (it stands on chain) or `timelocked` (an encrypted commit of weights stands there until its reveal)."""
+    reveal_round: int | None = None
+    """The drand round whose signature opens a timelocked commit."""
+    reveals_at: int | None = None
+    """Block of the epoch in which a timelocked commit is revealed, as the schedule stood when it was included."""
+    digest: str = ""
+    """sha256 hex of a timelocked commit's bytes: which of the `PendingReveal`s it is. Empty when plain."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingReveal:
+    """An encrypted commit of weights that the chain has not opened yet."""
+
+    hotkey: str
+    commit_block: int
+    reveal_round: int
+    epoch: int
+    """The subnet's epoch in which it was committed; `SubnetParams.reveal_epochs` later it is opened or dropped."""
+    digest: str = ""
+    """sha256 hex of the encrypted bytes."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

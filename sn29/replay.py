@@ -166,8 +166,8 @@ def compare(record: RoundRecord, decision: Decision) -> Difference | None:
     return first_difference(_as_json(record.weights), _as_json(decision.weights), "weights")
 
 
-def _as_json(weights: Weights) -> Json:
-    return {"block": weights.block, "by_hotkey": dict(weights.by_hotkey)}
+def _as_json(weights: Mapping[int, Weights]) -> Json:
+    return {str(m): {"block": one.block, "by_hotkey": dict(one.by_hotkey)} for m, one in weights.items()}
 
 
 # --- other rules ------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ class Simulated:
 
     block: int
     then: Mapping[str, float]
-    """Weights by hotkey as recorded."""
+    """Weights by hotkey as recorded, of the mechanism that pays the competition."""
     instead: Mapping[str, float]
     refused: Mapping[str, Rejected]
 
@@ -268,7 +268,8 @@ class Simulated:
 class _Left:
     """What a simulated round leaves to the next one."""
 
-    weights: Weights
+    block: int
+    weights: Mapping[int, Weights]
     window: int
     before: Memory
     after: Memory
@@ -289,12 +290,12 @@ def simulate(records: Iterable[RoundRecord], file: CompetitionFile) -> Iterator[
     name = file.name
     for record in records:
         block = record.head.block
-        if left is not None and block <= left.weights.block:
-            raise Rejected(Reason.RECORD, f"block {block} after {left.weights.block}", "records oldest first")
+        if left is not None and block <= left.block:
+            raise Rejected(Reason.RECORD, f"block {block} after {left.block}", "records oldest first")
         if name not in record.competitions:
             known = ", ".join(sorted(record.competitions))
             raise Rejected(Reason.RECORD, f"no {name} in the round of block {block}", f"one of {known}")
-        if left is not None and (record.last_weights is None or record.last_weights.block != left.weights.block):
+        if left is not None and {last.block for last in record.last_weights.values()} != {left.block}:
             left = None
         kept = record.competitions[name]
         contests = contests_of(record)
@@ -304,8 +305,9 @@ def simulate(records: Iterable[RoundRecord], file: CompetitionFile) -> Iterator[
             contest = replace(contest, memory=left.memory(kept.window.index))
         last = left.weights if left is not None else record.last_weights
         decision = decide({**contests, name: contest}, hall_of_fame_of(record), last, block, record.registered)
-        left = _Left(decision.weights, kept.window.index, contest.memory, decision.scored[name].memory)
-        yield Simulated(block, record.weights.by_hotkey, decision.weights.by_hotkey, asked.refused)
+        left = _Left(block, decision.weights, kept.window.index, contest.memory, decision.scored[name].memory)
+        instead = decision.weights[contest.competition.mechanism].by_hotkey
+        yield Simulated(block, record.weights_of(name), instead, asked.refused)
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
@@ -356,7 +358,7 @@ def decide_by_hand(contest: Contest) -> Decision:
     rule, count = contest.competition.scoring, max(map(len, contest.losses.values()), default=0)
     if isinstance(rule, OldestHolder) and count < rule.group:
         raise Rejected(Reason.RECORD, f"{count} samples", f"at least {rule.group}, a group of rule oldest_holder", "losses")
-    return decide({contest.competition.name: contest}, _NO_HALL, None, contest.window.seed.block, sorted(contest.losses))
+    return decide({contest.competition.name: contest}, _NO_HALL, {}, contest.window.seed.block, sorted(contest.losses))
 
 
 def _entry(hotkey: str, data: Mapping[str, Json], where: str) -> Entry:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -36,7 +36,8 @@ from sn29.examination import (
     say_refused,
     tokenizer_id_of,
 )
-from sn29.records import Commitment, Entry, Head, Loss, Outcome, Sample, Weights, Window
+from sn29.models.checkpoint import digest
+from sn29.records import Commitment, Entry, Head, Loss, Metagraph, Outcome, RawCommitment, Sample, Sealed, Weights, Window
 from sn29.replay import compare, competition_record, memory_for, recompute
 from sn29.round_record import CompetitionRecord, ModelRecord, RoundRecord, SampleRecord
 from sn29.rules.champion import Duel, Memory, known_copies, open_duels
@@ -49,6 +50,7 @@ from sn29.rules.selection import (
     FirstClaims,
     Inspected,
     choose,
+    claimed_since,
     first_claims,
     large_validators,
     next_round,
@@ -80,6 +82,8 @@ class Admitted:
     """Of those that were refused, or could not be looked at."""
     no_competition: tuple[Outcome, ...]
     """Of commitments that cannot be parsed, or name a competition that is not in force."""
+    since: Mapping[Commitment, int]
+    """The block from which each commitment claims its model, where an earlier one of the same digest was seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +132,8 @@ async def begin_with(ports: Ports, record: RoundRecord) -> bool:
     """Goes on from another validator's record as if its round had been judged here; False where rounds were judged already.
 
     What a scoring rule remembers, the last weights, and since when each model is claimed come from it: without them a
-    validator that starts late judges near equals by the windows it has seen itself. Checked is that the record replays to its
+    validator that starts late judges near equals by the windows it has seen itself. (A digest that was seen earlier than the
+    commitment is known only of those with an entry: others' digests are in no record.) Checked is that the record replays to its
     own bits and that its blocks are this chain's; its losses and claims are taken on trust, so the operator chooses whose
     record it is. Its weights are not set on chain: the first own round's are. Raises Rejected(RECORD).
     """
@@ -144,7 +149,7 @@ async def begin_with(ports: Ports, record: RoundRecord) -> bool:
     if difference is not None:
         raise Rejected(Reason.RECORD, difference.first, f"{difference.second}, computed again", f"{where}: {difference.what}")
     record_files.write(ports.machine.records_dir, record)
-    ports.store.begin(record, _standings(record), _claims_in(record))
+    ports.store.begin(record, _standings(record), _claims_in(record), _first_seen_in(record))
     tell("begun", f"goes on from the record of block {record.head.block}", block=record.head.block)
     return True
 
@@ -160,23 +165,38 @@ def _claims_in(record: RoundRecord) -> dict[str, tuple[int, str]]:
     return claims
 
 
+def _first_seen_in(record: RoundRecord) -> dict[tuple[str, str], int]:
+    """(hotkey, digest) -> since when, of everybody with a valid entry: its digest follows from content and hotkey."""
+    seen: dict[tuple[str, str], int] = {}
+    for kept in record.competitions.values():
+        for m in kept.models:
+            if m.entry is not None:
+                key = m.hotkey, digest(m.entry.content_id, m.hotkey)
+                seen[key] = min(m.entry.block, seen.get(key, m.entry.block))
+    return seen
+
+
 # --- the round --------------------------------------------------------------------------------------------------------
 
 
-async def run_round(ports: Ports, rules: Rules, plan: Plan) -> Weights:
-    """Judges every competition, decides the weights, keeps the record. Raises Unavailable when chain or text do not answer."""
+async def run_round(ports: Ports, rules: Rules, plan: Plan) -> Mapping[int, Weights]:
+    """Judges every competition, decides the weights by mechanism, keeps the record.
+
+    Raises Unavailable when chain or text do not answer.
+    """
     tell("round", f"round of block {plan.block}", block=plan.block)
     known = {key: Claim(*claim) for key, claim in ports.store.claims().items()}
-    admitted = [await _admit(ports, rules, window, known) for window in plan.windows.values()]
+    claimed = await _claimed(ports, {window.seed.block - 1 for window in plan.windows.values()})
+    admitted = [await _admit(ports, rules, w, claimed[w.seed.block - 1], known) for w in plan.windows.values()]
     no_competition = tuple(dict.fromkeys(o for a in admitted for o in a.no_competition))
     say_refused(no_competition)
     # Copies are looked for across competitions: a model has one owner, wherever it is entered.
-    claims = first_claims([_inspected(e) for a in admitted for e in a.entrants], known)
+    claims = first_claims([_inspected(e, a.since) for a in admitted for e in a.entrants], known)
     ports.store.keep_claims({key: (claim.block, claim.hotkey) for key, claim in claims.claims.items()})
     before = ports.store.last_record(before=plan.block)
     graph = await ports.chain.metagraph(plan.block)
-    favoured = top_miners([await ports.chain.weights(hotkey, plan.block) for hotkey in large_validators(graph)])
-    judged = {a.competition.name: await _judge(ports, a, claims, before, favoured) for a in admitted}
+    favoured = await _favoured(ports, graph, {a.competition.mechanism for a in admitted})
+    judged = {a.competition.name: await _judge(ports, a, claims, before, favoured[a.competition.mechanism]) for a in admitted}
     await _wait_for_the_unavailable(ports, plan, judged)
     registered = sorted(n.hotkey for n in graph.neurons)
     last = ports.store.weights(before=plan.block)
@@ -198,6 +218,15 @@ async def run_round(ports: Ports, rules: Rules, plan: Plan) -> Weights:
     _forget_models(ports, {e.facts.content_id for a in admitted for e in a.entrants})
     _say_scores(record)
     return decision.weights
+
+
+async def _favoured(ports: Ports, graph: Metagraph, mechanisms: Collection[int]) -> dict[int, frozenset[str]]:
+    """By mechanism: whom the large validators reward, as the chain has it at the metagraph's block."""
+    validators = large_validators(graph)
+    return {
+        mechanism: top_miners([await ports.chain.weights(hotkey, graph.block, mechid=mechanism) for hotkey in validators])
+        for mechanism in sorted(mechanisms)
+    }
 
 
 def _recorded(rules: Rules, judged: Judged, scored: Scored) -> CompetitionRecord:
@@ -229,8 +258,10 @@ def _say_scores(record: RoundRecord) -> None:
                 "scored", f"{name}: {s.wins:g} wins", hotkey=s.hotkey, competition=name,
                 loss_per_sample=mean, win_rate=f"{s.win_rate:.3f}", weight=f"{s.weight:.3f}",
             )  # fmt: skip
-    shares = {hotkey: f"{weight:.4f}" for hotkey, weight in record.weights.by_hotkey.items()}
-    tell("weights", f"round of block {record.head.block} decided", **shares)
+    for mechanism, weights in record.weights.items():
+        shares = {hotkey: f"{weight:.4f}" for hotkey, weight in weights.by_hotkey.items()}
+        what = f"round of block {record.head.block} decided{f' for mechanism {mechanism}' if mechanism else ''}"
+        tell("weights", what, **shares)
 
 
 async def _wait_for_the_unavailable(ports: Ports, plan: Plan, judged: Mapping[str, Judged]) -> None:
@@ -254,7 +285,32 @@ def _forget_models(ports: Ports, wanted: set[str]) -> None:
             tell("deleted", "a checkpoint that nobody commits to any more", content=path.name)
 
 
-async def _admit(ports: Ports, rules: Rules, window: Window, known: Mapping[str, Claim]) -> Admitted:
+async def _claimed(ports: Ports, blocks: Collection[int]) -> dict[int, tuple[Commitment | Sealed | Outcome, ...]]:
+    """By block: what stood on chain there, with an outcome for everything that cannot be parsed.
+
+    Every digest's first block is kept: a commitment that takes the place of another erases it from the chain.
+    """
+    found: dict[int, tuple[Commitment | Sealed | Outcome, ...]] = {}
+    for block in sorted(blocks):
+        found[block] = tuple(_parsed(raw) for raw in await ports.chain.commitments(block))
+        ports.store.keep_first_seen({(c.hotkey, c.digest): c.block for c in found[block] if not isinstance(c, Outcome)})
+    return found
+
+
+def _parsed(raw: RawCommitment) -> Commitment | Sealed | Outcome:
+    try:
+        return Sealed.parse(raw.hotkey, raw.block, raw.data) or Commitment.parse(raw.hotkey, raw.block, raw.data)
+    except Rejected as error:
+        return refused(raw.hotkey, "", raw.block, "", error)
+
+
+async def _admit(
+    ports: Ports,
+    rules: Rules,
+    window: Window,
+    claimed: Sequence[Commitment | Sealed | Outcome],
+    known: Mapping[str, Claim],
+) -> Admitted:
     """The commitments made before the window's seed block, as far as chain and metadata can judge them."""
     name = window.competition
     competition = rules.at(name, window.seed.block)
@@ -263,15 +319,10 @@ async def _admit(ports: Ports, rules: Rules, window: Window, known: Mapping[str,
         largest_id = (await asyncio.to_thread(ports.tokenizer, shared))[1] if shared else None  # the first call fetches it
     except Rejected as error:  # the competition's own repository, no miner's: nothing can be judged until it is mended
         raise Unavailable(f"tokenizer of {name}", str(error)) from None
-    commitments, entrants = [], []
-    outcomes: list[Outcome] = []
-    no_competition: list[Outcome] = []
-    for raw in await ports.chain.commitments(window.seed.block - 1):
-        try:
-            commitments.append(Commitment.parse(raw.hotkey, raw.block, raw.data))
-        except Rejected as error:
-            no_competition.append(refused(raw.hotkey, "", raw.block, "", error))
-    selection = select(commitments, rules.files, known)
+    commitments, outcomes, no_competition = _sorted_out(rules, window, claimed)
+    since = _since(ports, commitments, competition.samples.window_blocks)
+    entrants = []
+    selection = select(commitments, rules.files, known, since)
     for refusal in selection.refused:
         foreign = refusal.commitment.competition not in rules.files
         if foreign or refusal.commitment.competition == name:
@@ -286,7 +337,30 @@ async def _admit(ports: Ports, rules: Rules, window: Window, known: Mapping[str,
             outcomes.append(entrant)
         else:
             entrants.append(entrant)
-    return Admitted(competition, window, tuple(entrants), tuple(outcomes), tuple(no_competition))
+    return Admitted(competition, window, tuple(entrants), tuple(outcomes), tuple(no_competition), since)
+
+
+def _sorted_out(
+    rules: Rules, window: Window, claimed: Sequence[Commitment | Sealed | Outcome]
+) -> tuple[list[Commitment], list[Outcome], list[Outcome]]:
+    """Commitments that say where the model is; outcomes of this competition's sealed ones, and of those of no competition."""
+    commitments = [claim for claim in claimed if isinstance(claim, Commitment)]
+    no_competition = [claim for claim in claimed if isinstance(claim, Outcome)]
+    sealed = []
+    for claim in claimed:
+        if isinstance(claim, Sealed) and claim.competition == window.competition:
+            sealed.append(_sealed(claim))
+        elif isinstance(claim, Sealed) and claim.competition not in rules.files:
+            unknown = Rejected(Reason.UNKNOWN_COMPETITION, claim.competition, ", ".join(rules.files), claim.hotkey)
+            no_competition.append(refused(claim.hotkey, claim.competition, claim.block, "", unknown))
+    return commitments, sealed, no_competition
+
+
+def _since(ports: Ports, commitments: Sequence[Commitment], window_blocks: int) -> dict[Commitment, int]:
+    """See `Admitted.since`."""
+    seen = ports.store.first_seen((c.hotkey, c.digest) for c in commitments)
+    since = {c: claimed_since(c, seen.get((c.hotkey, c.digest), c.block), window_blocks) for c in commitments}
+    return {c: block for c, block in since.items() if block != c.block}
 
 
 async def _judge(
@@ -387,8 +461,9 @@ def _draw(ports: Ports, competition: Competition, window: Window) -> tuple[tuple
     return tuple(found.values()), revisions
 
 
-def _inspected(entrant: Entrant) -> Inspected:
-    return Inspected(entrant.commitment, entrant.facts.content_id, (entrant.facts.weights_id,))
+def _inspected(entrant: Entrant, since: Mapping[Commitment, int]) -> Inspected:
+    facts = entrant.facts
+    return Inspected(entrant.commitment, facts.content_id, (facts.weights_id,), since.get(entrant.commitment))
 
 
 def _waiting(c: Commitment, copy_of: str | None, *, out_of_reach: bool) -> Outcome:
@@ -398,3 +473,8 @@ def _waiting(c: Commitment, copy_of: str | None, *, out_of_reach: bool) -> Outco
     elif out_of_reach:
         reason, why = "out_of_reach", "no further sample could win today; measured again when the holder's advantage has decayed"
     return Outcome(c.hotkey, c.competition, c.block, "waiting", str(c.model), reason=reason, detail=why)
+
+
+def _sealed(c: Sealed) -> Outcome:
+    why = "sealed: its owner has not said yet where the model is"
+    return Outcome(c.hotkey, c.competition, c.block, "waiting", reason="sealed", detail=why)

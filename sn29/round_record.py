@@ -9,8 +9,12 @@ rest 18 kB. As float64 in an .npy file beside it the losses would be 120 kB. At 
 and competition: worth one file, one hash, and nothing to go astray. A loss of +inf (a sample that the model could not
 be scored on) is null, and the reasons stand beside them, one for each null, in order. NaN does not occur.
 
-The fields of the JSON are the fields of the frozen records below; `RoundRecord` adds "schema": 2. What the rules alone
+The fields of the JSON are the fields of the frozen records below; `RoundRecord` adds "schema": 3. What the rules alone
 understand is kept as the rules wrote it: a competition's parameters, the hall of fame, a scoring rule's memory and duels.
+
+Schema 2 knew no mechanisms: it has one `weights`, and one `last_weights` or null, which are those of mechanism 0. Records of
+it are read, and are records of schema 3 from then on: `address` is that of the text of schema 3, while the name of a
+file of schema 2 carries, and is checked against, the sha256 of the text that stands in it.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +33,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hint
 from sn29.errors import Reason, Rejected
 from sn29.records import Entry, Head, ModelFacts, Outcome, Score, Weights, Window
 
-SCHEMA = 2
+SCHEMA = 3
 MAX_BYTES = 64 * 2**20
 """Longest text that is read, in bytes: room for 3.4 million losses, 200 times a round of 10 models and 1,500 samples."""
 
@@ -118,6 +123,12 @@ class CompetitionRecord:
             if len(m.unscored) != m.losses.count(math.inf):
                 _refuse(f"{len(m.unscored)} reasons", f"one for each of {m.losses.count(math.inf)} nulls", where)
 
+    @property
+    def mechanism(self) -> int:
+        """Number of the mechanism that pays it."""
+        number = self.parameters.get("mechanism", 0) if isinstance(self.parameters, Mapping) else 0
+        return number if type(number) is int else 0
+
     def model(self, hotkey: str) -> ModelRecord | None:
         return next((m for m in self.models if m.hotkey == hotkey), None)
 
@@ -141,10 +152,10 @@ class RoundRecord:
     """The hall of fame as it was in force."""
     registered: tuple[str, ...]
     """Hotkeys that were registered on the subnet at the round's block, sorted: nobody else gets weight."""
-    last_weights: Weights | None
-    """What this validator's round before decided: a part of it is kept. None in the first round."""
-    weights: Weights
-    """What this round decided."""
+    last_weights: Mapping[int, Weights]
+    """What this validator's round before decided, by mechanism: a part of it is kept. Empty in the first round."""
+    weights: Mapping[int, Weights]
+    """What this round decided, by mechanism."""
     versions: Mapping[str, str]
     """Package -> version, of whatever computes a number here."""
     machine: Mapping[str, str]
@@ -154,6 +165,12 @@ class RoundRecord:
         """Everything that this round says about a hotkey's commitment."""
         entered = (m.outcome for _, c in sorted(self.competitions.items()) for m in c.models)
         return tuple(o for o in (*self.no_competition, *entered) if o.hotkey == hotkey)
+
+    def weights_of(self, competition: str) -> Mapping[str, float]:
+        """Weights by hotkey of the mechanism that pays a competition; of mechanism 0 for what is no competition."""
+        kept = self.competitions.get(competition)
+        decided = self.weights.get(kept.mechanism if kept else 0)
+        return decided.by_hotkey if decided else {}
 
 
 # --- text and back ----------------------------------------------------------------------------------------------------
@@ -165,19 +182,33 @@ def encode(record: RoundRecord) -> bytes:
 
 
 def decode(text: bytes, where: str = "record") -> RoundRecord:
-    """From a text that `encode` could have written. Raises Rejected(RECORD) for any other, naming the field."""
+    """From a text that `encode` could have written, of this schema or of schema 2.
+
+    Raises Rejected(RECORD) for any other, naming the field.
+    """
     data = loads(text, where)
-    schema = data.pop("schema", None) if isinstance(data, dict) else None
-    if type(schema) is not int or schema != SCHEMA:
-        _refuse(f"schema {schema!r}", f"schema {SCHEMA}", where)
-    record: RoundRecord = _read(RoundRecord, data, where)
-    if encode(record) != text:
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if type(schema) is not int or schema not in (2, SCHEMA):
+        _refuse(f"schema {schema!r}", f"schema {SCHEMA}, or 2", where)
+    spelled = canonical(data)  # a JSON value has one text: if that is the text, the record has no other either
+    del data["schema"]
+    record: RoundRecord = _read(RoundRecord, _from_2(data) if schema == 2 else data, where)
+    if spelled != text:
         _refuse("another spelling of the same record", "sorted keys, no spaces, shortest floats", where)
     return record
 
 
+def _from_2(data: dict[str, Json]) -> dict[str, Json]:
+    """The fields of schema 3. What is not as schema 2 has it is left for the reader to refuse."""
+    changed = dict(data)
+    for name in ("weights", "last_weights"):
+        if name in data:
+            changed[name] = {} if data[name] is None and name == "last_weights" else {"0": data[name]}
+    return changed
+
+
 def address(record: RoundRecord) -> str:
-    """sha256 hex of the record's text."""
+    """sha256 hex of the record's text, as `encode` writes it."""
     return hashlib.sha256(encode(record)).hexdigest()
 
 
@@ -235,7 +266,7 @@ def _plain(kind: Any, value: Any) -> Json:
             return [None if loss == math.inf else float(loss) for loss in value]
         return [_plain(inner, item) for item in value]
     if origin is not None and issubclass(origin, Mapping):
-        return {key: _plain(get_args(kind)[1], item) for key, item in value.items()}
+        return {str(key): _plain(get_args(kind)[1], item) for key, item in value.items()}
     if origin is UnionType:
         return None if value is None else _plain(_other_than_none(kind), value)
     return float(value) if kind is float else value
@@ -251,8 +282,9 @@ def _read(kind: Any, value: Json, where: str) -> Any:
             return _read_losses(value, where)
         return tuple(_read(inner, item, f"{where}[{i}]") for i, item in enumerate(_of_type(list, value, where)))
     if origin is not None and issubclass(origin, Mapping):
-        inner = get_args(kind)[1]
-        return {key: _read(inner, item, f"{where}.{key[:80]}") for key, item in _of_type(dict, value, where).items()}
+        of_key, inner = get_args(kind)
+        items = _of_type(dict, value, where).items()
+        return {_key(of_key, key, where): _read(inner, item, f"{where}.{key[:80]}") for key, item in items}
     if origin is UnionType:
         return None if value is None else _read(_other_than_none(kind), value, where)
     return value if kind is Any else _of_type(kind, value, where)
@@ -267,6 +299,12 @@ def _read_fields(kind: type, value: Json, where: str) -> Any:
         if name not in data:
             _refuse("nothing", "a value", f"{where}.{name}")
     return kind(**{name: _read(inner, data[name], f"{where}.{name}") for name, inner in fields.items()})
+
+
+def _key(kind: type, text: str, where: str) -> Any:
+    if kind is int and not re.fullmatch("0|[1-9][0-9]{0,8}", text):
+        _refuse(f"the key {text[:80]!r}", "a whole number", where)
+    return kind(text)
 
 
 def _read_losses(value: Json, where: str) -> tuple[float, ...]:

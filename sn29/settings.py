@@ -1,23 +1,51 @@
-"""Settings of the programs: flag > environment > default. One frozen record a program; nobody receives more than its own.
+"""Settings of the programs, from one list: flag > environment > .env > file > default. A program receives no more than its own.
 
-The well-known flags are understood in both spellings: `--wallet.name --wallet.hotkey --subtensor.network` as in the years
-before SDK 11, and `-w -H -n` as btcli writes them now.
+Each setting is declared once, below. Its name is its flag; from it follow the variable and the key in the file:
+
+  a name with a dot (and netuid) means the same to every program   --state.dir  SN29_STATE_DIR          state: {dir: ...}
+  a name without one is its program's own                          --threads    SN29_VALIDATOR_THREADS  validator: {threads: ...}
+
+The well-known flags and variables of Bittensor are understood as well: `--wallet.name --wallet.hotkey --subtensor.network`
+as in the years before SDK 11, `-w -H -n` and `BT_WALLET` as btcli has them now. Lists are separated by commas. Whoever names
+a network and `--subtensor.chain_endpoint` means the address, as in those years.
 """
 
 from __future__ import annotations
 
+import difflib
+import math
 import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    CliSettingsSource,
+    DotEnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 from pydantic_settings.exceptions import SettingsError
 
 from sn29.errors import Reason, Rejected
 
 DEFAULT_HUB = "https://huggingface.co"
+CONFIG_FILE = "sn29.yaml"
+"""Read from the working directory where no other is named."""
+_ADDRESS = "subtensor.chain_endpoint"
+"""The name that wins over the other names of its setting: programs of former years were given both, and took the address."""
+_OTHERS_VARIABLES = (
+    "BT_WALLET_PASSWORD", "BT_WALLET_PASSWORD_FILE", "BITTENSOR_RUNTIME_CACHE_DIR", "BTCLI_TOKEN_SYMBOLS_CACHE",
+    "BT_CHAIN_ENDPOINT", "HF_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
+)  # fmt: skip
+"""What libraries read from the environment themselves: in .env they reach them too."""
 
 
 def default_localnet() -> Path:
@@ -30,42 +58,81 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sn29"
 
 
-def _flag(default: Any, description: str, *names: str, ge: float | None = None) -> Any:
-    """A setting with the flags that name it, the first one shown first, and its least value."""
-    return Field(default, description=description, validation_alias=AliasChoices(*names), ge=ge)
+def _flag(
+    default: Any,
+    description: str,
+    *names: str,
+    ge: float | None = None,
+    le: float | None = None,
+    variables: tuple[str, ...] = (),
+    old: tuple[str, ...] = (),
+    secret: bool = False,
+) -> Any:
+    """A setting: the flags that name it, the first one shown first, and its bounds.
 
-
-class _Environment(PydanticBaseSettingsSource):
-    """The variables that operators already export, first found wins; kept apart from the flags so that --help stays short."""
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        names = self.settings_cls.environment.get(field_name, ())  # type: ignore[attr-defined]
-        found = next((os.environ[name] for name in names if os.environ.get(name)), None)
-        alias = field.validation_alias
-        key = str(alias.choices[0]) if isinstance(alias, AliasChoices) else field_name
-        return found, key, False
-
-    def __call__(self) -> dict[str, Any]:
-        rows = (self.get_field_value(info, name) for name, info in self.settings_cls.model_fields.items())
-        return {key: value for value, key, _ in rows if value is not None}
+    variables: what others call it in the environment; old: the same, with a notice. A secret is never shown.
+    """
+    return Field(
+        default,
+        description=description,
+        validation_alias=AliasChoices(*names),
+        ge=ge,
+        le=le,
+        repr=not secret,
+        json_schema_extra={"about": description, "variables": [*variables], "old": [*old], "secret": secret},
+    )
 
 
 class _Settings(BaseSettings):
-    """What all programs share: how settings are read, and how they speak."""
+    """What all programs share: how they speak, and the file that their settings are in."""
 
     model_config = SettingsConfigDict(
         case_sensitive=True, frozen=True, extra="forbid", cli_implicit_flags=True, cli_hide_none_type=True
     )
-    environment: ClassVar[dict[str, tuple[str, ...]]] = {}
 
+    config: Path | None = _flag(None, f"YAML file of settings; default: {CONFIG_FILE} here, if there is one", "config")
     log_json: bool = _flag(False, "events as JSON lines", "log.json")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _flag("INFO", "least level of events that are shown", "log.level")
     log_file: Path | None = _flag(None, "append events to this file as JSON lines too", "log.file")
+    debug: bool = _flag(False, "the same as --log.level DEBUG", "logging.debug")
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """--help names the variables beside the flags."""
+        for setting in settings_of(cls):
+            setting.info.description = f"{setting.extra['about']} [{' '.join(setting.variables)}]"
+
+    @classmethod
+    def program(cls) -> str:
+        """Its words behind `sn29`, e.g. `localnet up`."""
+        return str(cls.model_config.get("cli_prog_name") or "sn29").removeprefix("sn29").strip()
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _split_list(cls, value: Any, info: Any) -> Any:
+        if "tuple" not in str(cls.model_fields[info.field_name].annotation) or not isinstance(value, str | list | tuple):
+            return value
+        parts = [value] if isinstance(value, str) else value
+        split = [part.strip() for text in parts for part in str(text).split(",") if part.strip()]
+        return () if split == ["none"] else tuple(split)
 
     @field_validator("*")
     @classmethod
     def _expand_home(cls, value: Any) -> Any:
         return value.expanduser() if isinstance(value, Path) else value
+
+    @field_validator("*")
+    @classmethod
+    def _is_finite(cls, value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("must be a finite number")
+        return value
+
+    @model_validator(mode="after")
+    def _speak_up(self) -> Self:
+        if self.debug and "log_level" not in self.model_fields_set:
+            object.__setattr__(self, "log_level", "DEBUG")
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -76,36 +143,92 @@ class _Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, _Environment(settings_cls)
+        """Only what `read` found: it knows where each value came from."""
+        return (init_settings,)
 
 
-_CHAIN_ENVIRONMENT = {
-    "wallet_name": ("BT_WALLET", "BT_WALLET_NAME"),
-    "wallet_hotkey": ("BT_WALLET_HOTKEY",),
-    "wallet_path": ("BT_WALLET_PATH",),
-    "network": ("BT_NETWORK", "BT_SUBTENSOR_NETWORK"),
-    "localnet_dir": ("SN29_LOCALNET_DIR",),
-    "hub_endpoint": ("SN29_HUB_ENDPOINT", "HF_ENDPOINT"),
-}
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting of a program, by all its names."""
+
+    field: str
+    info: FieldInfo
+    names: tuple[str, ...]
+    """Flags without dashes, the first one first."""
+    section: str
+    """The program that it belongs to, e.g. `validator`; empty when it means the same to all."""
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        return dict(self.info.json_schema_extra)  # type: ignore[arg-type]
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Names in the environment, strongest first; old ones are not among them."""
+        words = f"{self.section} {self.names[0]}".split()
+        own = "_".join(["SN29", *words]).upper().replace(".", "_").replace("-", "_").replace(" ", "_")
+        return (own, *self.extra["variables"])
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names in the file, as dotted paths; none for the file's own name."""
+        if self.field == "config":
+            return ()
+        prefix = f"{self.section.replace(' ', '.')}." if self.section else ""
+        return tuple(f"{prefix}{name}" for name in self.names if len(name) > 1)
+
+
+def settings_of(kind: type[_Settings]) -> Iterator[Setting]:
+    """A program's settings in the order of --help, without its positional arguments."""
+    for field, info in kind.model_fields.items():
+        if isinstance(info.validation_alias, AliasChoices):
+            names = tuple(str(name) for name in info.validation_alias.choices)
+            shared = "." in names[0] or names[0] in ("netuid", "config")
+            yield Setting(field, info, names, "" if shared else kind.program())
 
 
 class NeuronSettings(_Settings):
     """A registered participant: its keys, its chain, its Hub."""
 
-    environment: ClassVar[dict[str, tuple[str, ...]]] = _CHAIN_ENVIRONMENT
-
-    wallet_name: str = _flag("default", "name of the wallet (coldkey)", "wallet.name", "wallet", "w")
-    wallet_hotkey: str = _flag("default", "name of the hotkey", "wallet.hotkey", "wallet-hotkey", "H")
-    wallet_path: Path = _flag(Path("~/.bittensor/wallets"), "folder of the wallets", "wallet.path", "wallet-path")
-    netuid: int = _flag(29, "number of the subnet", "netuid", ge=0)
+    wallet_name: str = _flag(
+        "default", "name of the wallet (coldkey)", "wallet.name", "wallet", "w", variables=("BT_WALLET",), old=("BT_WALLET_NAME",)
+    )
+    wallet_hotkey: str = _flag(
+        "default", "name of the hotkey", "wallet.hotkey", "wallet-hotkey", "H", variables=("BT_WALLET_HOTKEY",)
+    )
+    wallet_path: Path = _flag(
+        Path("~/.bittensor/wallets"), "folder of the wallets", "wallet.path", "wallet-path", variables=("BT_WALLET_PATH",)
+    )
+    netuid: int = _flag(29, "number of the subnet", "netuid", ge=0, variables=("BT_NETUID",))
     network: str = _flag(
         "finney", "finney, test, local (a node on this machine), localnet (embedded), or a ws:// address",
-        "subtensor.network", "subtensor.chain_endpoint", "network", "n",
+        "subtensor.network", _ADDRESS, "network", "n",
+        variables=("BT_NETWORK",), old=("BT_SUBTENSOR_CHAIN_ENDPOINT", "BT_SUBTENSOR_NETWORK"),
     )  # fmt: skip
+    fallbacks: tuple[str, ...] | None = _flag(
+        None, "ws:// addresses to go on with when the network's own fails; `none` for none; default: the network's own spares",
+        "subtensor.fallbacks", "fallback-endpoints", variables=("BT_FALLBACK_ENDPOINTS",),
+    )  # fmt: skip
+    archives: tuple[str, ...] | None = _flag(
+        None, "ws:// addresses of nodes that keep old blocks; `none` for none; default: the network's own",
+        "subtensor.archives", "archive-endpoints", variables=("BT_ARCHIVE_ENDPOINTS",),
+    )  # fmt: skip
+    chain_deadline_s: float = _flag(60.0, "seconds that one question to the chain may take", "chain.deadline", ge=0.05)
+    locks_dir: Path = _flag(
+        Path("~/.sn29/locks"), "folder of the locks that let one process at a time write for a hotkey", "locks.dir"
+    )
     localnet_dir: Path = _flag(default_localnet(), "folder of the localnet, for --network localnet", "localnet.dir")
-    hub_endpoint: str = _flag(DEFAULT_HUB, "address of the Hub", "hub.endpoint")
+    hub_endpoint: str = _flag(DEFAULT_HUB, "address of the Hub", "hub.endpoint", variables=("HF_ENDPOINT",))
     competitions_dir: Path = _flag(Path("competitions"), "folder of the competition files", "competitions.dir")
     competitions_git: str = _flag("", "REPO@COMMIT whose competitions/ is read instead of the folder", "competitions.git")
+
+    @field_validator("fallbacks", "archives")
+    @classmethod
+    def _are_addresses(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        wrong = [address for address in value or () if not address.startswith(("ws://", "wss://"))]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is not a ws:// or wss:// address")
+        return value
 
 
 class ValidatorSettings(NeuronSettings):
@@ -125,6 +248,13 @@ class ValidatorSettings(NeuronSettings):
     )
     catch_up: int = _flag(2, "missed windows that are still judged after a pause; older ones are skipped", "catch-up", ge=1)
     poll_s: float = _flag(12.0, "seconds between looks at the chain", "poll", ge=0.05)
+    weights_max_change: float = _flag(
+        0.75, "share of all weight, up to 1, that one set may move; what moves more is reached by several, an epoch apart",
+        "weights.max-change", ge=0.01, le=1,
+    )  # fmt: skip
+    weights_alarm_epochs: int = _flag(
+        3, "an alarm when our last set on chain is older than this many epochs", "weights.alarm-epochs", ge=1
+    )
 
 
 class MinerSettings(NeuronSettings):
@@ -132,11 +262,11 @@ class MinerSettings(NeuronSettings):
 
     model_config = SettingsConfigDict(cli_prog_name="sn29 miner")
 
-    environment: ClassVar[dict[str, tuple[str, ...]]] = {**_CHAIN_ENVIRONMENT, "hub_token": ("HF_TOKEN",)}
-
     competition: str = _flag("c00", "competition to enter", "competition")
     repo: str = _flag("", "repository on the Hub: namespace/name", "repo")
-    hub_token: str = _flag("", "token that may write to the repository (better: HF_TOKEN)", "hub.token")
+    hub_token: str = _flag(
+        "", "token that may write to the repository (better: HF_TOKEN)", "hub.token", variables=("HF_TOKEN",), secret=True
+    )
     work_dir: Path = _flag(Path("~/.sn29/miner"), "folder of checkpoints, text and state", "work.dir")
     start: Path | None = _flag(None, "checkpoint folder to train on from, of the same shape; default: fresh weights", "start")
     model: Path | None = _flag(None, "publish this folder instead of training", "model")
@@ -158,6 +288,11 @@ class MinerSettings(NeuronSettings):
     seed: int = _flag(0, "seed of the initial weights and of the order of the text", "seed")
     threads: int = _flag(max(1, (os.cpu_count() or 2) // 2), "CPU threads of the training", "threads", ge=1)
     force: bool = _flag(False, "publish although the checks refuse the model", "force")
+    sealed: bool = _flag(
+        False,
+        "commit to the digest alone first, to the repository when that is final, and show it when that is final too",
+        "sealed",
+    )
 
 
 class LocalnetSettings(_Settings):
@@ -165,15 +300,15 @@ class LocalnetSettings(_Settings):
 
     model_config = SettingsConfigDict(cli_prog_name="sn29 localnet up")
 
-    environment: ClassVar[dict[str, tuple[str, ...]]] = {"localnet_dir": ("SN29_LOCALNET_DIR",)}
-
     localnet_dir: Path = _flag(default_localnet(), "folder of all state", "localnet.dir", "dir")
     port: int = _flag(0, "port of the Hub; 0 = the one of last time, or a free one", "port", ge=0)
     block_seconds: float = _flag(1.0, "seconds a block, for a new localnet", "block-seconds", ge=0.01)
     window_blocks: int = _flag(60, "blocks of a sample window, for a new localnet", "window-blocks", ge=4)
     miners: tuple[str, ...] = _flag((), "wallet/hotkey to make (if new) and register", "miner")
     validators: tuple[str, ...] = _flag((), "the same with stake and a validator permit", "validator")
-    wallet_path: Path = _flag(Path("~/.bittensor/wallets"), "folder of the wallets to register", "wallet.path")
+    wallet_path: Path = _flag(
+        Path("~/.bittensor/wallets"), "folder of the wallets to register", "wallet.path", variables=("BT_WALLET_PATH",)
+    )
 
 
 class DemoSettings(_Settings):
@@ -185,6 +320,10 @@ class DemoSettings(_Settings):
     block_seconds: float = _flag(1.0, "seconds a block of the chain", "block-seconds", ge=0.01)
     steps: int = _flag(0, "training steps of the first miner of each competition; 0 = as the demo is tuned", "steps", ge=0)
     open_page: bool = _flag(False, "open the page in the browser at the end", "open")
+    node: str = _flag(
+        "", "command of a node that serves the demo's chain over a websocket: it is given the chain's file and prints its "
+        "ws:// address, e.g. 'python -m tests.loopback_node' in a clone; default: the chain is embedded", "node",
+    )  # fmt: skip
 
 
 class CheckSettings(_Settings):
@@ -197,7 +336,7 @@ class CheckSettings(_Settings):
     competitions_dir: Path = _flag(Path("competitions"), "folder where c00 is looked up", "competitions.dir")
     at: int = _flag(0, "block whose rules are asked for; 0 = before every change of the file", "at")
     tokenizer: Path | None = _flag(None, "tokenizer.json of the competition, if its Hub is not to be asked", "tokenizer")
-    hub_endpoint: str = _flag(DEFAULT_HUB, "Hub that has the competition's tokenizer", "hub.endpoint")
+    hub_endpoint: str = _flag(DEFAULT_HUB, "Hub that has the competition's tokenizer", "hub.endpoint", variables=("HF_ENDPOINT",))
     metadata_only: bool = _flag(False, "stop before the weights are loaded", "metadata-only")
     json_output: bool = _flag(False, "print the answer as JSON", "json")
 
@@ -308,19 +447,192 @@ class PinSettings(_Settings):
     model_config = SettingsConfigDict(cli_prog_name="sn29 competitions pin")
 
     file: CliPositionalArg[Path] = Field(description="competition file; comments and layout stay as they are")
-    hub_endpoint: str = _flag(DEFAULT_HUB, "address of the Hub", "hub.endpoint")
+    hub_endpoint: str = _flag(DEFAULT_HUB, "address of the Hub", "hub.endpoint", variables=("HF_ENDPOINT",))
+
+
+class DoctorOfValidator(ValidatorSettings):
+    """Look, without changing anything, at all that a validator with these settings needs. Exit 0: all is well. Exit 1: not."""
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 doctor validator")
+
+    @classmethod
+    def program(cls) -> str:
+        """The program's own settings, so that what is looked at is what will run."""
+        return "validator"
+
+    only: tuple[str, ...] = _flag((), "only these checks, e.g. chain,clock", "doctor.only", "only")
+    check_deadline_s: float = _flag(60.0, "seconds that one check may take", "doctor.deadline", ge=0.05)
+    json_output: bool = _flag(False, "print the findings as JSON", "doctor.json", "json")
+
+
+class DoctorOfMiner(MinerSettings):
+    """Look, without changing anything, at all that a miner with these settings needs. Exit 0: all is well. Exit 1: not."""
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 doctor miner")
+
+    @classmethod
+    def program(cls) -> str:
+        return "miner"
+
+    only: tuple[str, ...] = _flag((), "only these checks, e.g. chain,clock", "doctor.only", "only")
+    check_deadline_s: float = _flag(60.0, "seconds that one check may take", "doctor.deadline", ge=0.05)
+    json_output: bool = _flag(False, "print the findings as JSON", "doctor.json", "json")
+
+
+# ---- where values come from ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A value as somebody wrote it, and where."""
+
+    value: Any
+    origin: str
+    """E.g. `--netuid`, `environment BT_WALLET`, `.env HF_TOKEN`, `sn29.yaml wallet.name`, `default`."""
 
 
 AnySettings = TypeVar("AnySettings", bound=_Settings)
 
 
 def read(kind: type[AnySettings], arguments: list[str]) -> AnySettings:
-    """The settings of a program. Raises Rejected(SETTING) naming the flag and both values; `--help` exits."""
+    """The settings of a program. Raises Rejected(SETTING) naming where it stands and both values; `--help` exits.
+
+    Says on standard error when a variable was used by a name of former years.
+    """
+    settings, origins = read_with_origins(kind, arguments)
+    for setting in settings_of(kind):
+        old = next((name for name in setting.extra["old"] if origins[setting.field].endswith(f" {name}")), None)
+        if old:
+            print(f"sn29: {old} is an old name; the setting is read from {setting.variables[-1]} now", file=sys.stderr)
+    return settings
+
+
+def read_with_origins(kind: type[AnySettings], arguments: list[str]) -> tuple[AnySettings, dict[str, str]]:
+    """(settings, where the value of each field came from). Raises as `read` does."""
+    given = _gathered(kind, arguments)
     try:
-        return CliApp.run(kind, cli_args=arguments, cli_exit_on_error=False)
+        settings = kind(**{name: one.value for name, one in given.items()})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise Rejected(Reason.SETTING, first.get("input"), first["msg"], f"--{where}") from None
+        name = str(first["loc"][0]) if first["loc"] else ""
+        where = given[name].origin if name in given else f"--{name}"
+        raise Rejected(Reason.SETTING, first.get("input"), first["msg"], where) from None
+    return settings, {s.field: given[s.names[0]].origin if s.names[0] in given else "default" for s in settings_of(kind)}
+
+
+def shown_value(setting: Setting, settings: _Settings) -> str:
+    """A value as it may be printed: of a secret only whether there is one."""
+    value = getattr(settings, setting.field)
+    if setting.extra["secret"] and value:
+        return "(hidden)"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return "" if value is None else str(value)
+
+
+def _gathered(kind: type[_Settings], arguments: list[str]) -> dict[str, Given]:
+    """First name (or a positional's field) -> the strongest value that was given for it."""
+    try:
+        arguments, written = _as_written(kind, arguments)
+        flags = CliSettingsSource(kind, cli_parse_args=arguments, cli_exit_on_error=False)()
     except SettingsError as error:
         raise Rejected(Reason.SETTING, str(error).splitlines()[0][:200], "flags that --help lists") from None
+    given = {name: Given(value, written.get(name, f"--{name}")) for name, value in flags.items()}
+    dotenv = _dotenv(kind)
+    for place, variables in (("environment", os.environ), (".env", dotenv)):
+        for setting in settings_of(kind):
+            found = [name for name in (*setting.variables, *setting.extra["old"]) if variables.get(name)]
+            if found and setting.names[0] not in given:
+                given[setting.names[0]] = Given(variables[found[0]], f"{place} {found[0]}")
+    for name in _OTHERS_VARIABLES:
+        if dotenv.get(name):
+            os.environ.setdefault(name, str(dotenv[name]))
+    named = given["config"].value if "config" in given else None
+    for name, one in _of_file(kind, Path(named or CONFIG_FILE), must_exist=named is not None).items():
+        given.setdefault(name, one)
+    return given
+
+
+def _as_written(kind: type[_Settings], arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """(arguments without flags that an address makes void, first name of a setting -> the flag that it was given by)."""
+    first = {name: setting.names[0] for setting in settings_of(kind) for name in setting.names}
+    addressed = [first[_ADDRESS]] if any(_name_of(word) == _ADDRESS for word in arguments) and _ADDRESS in first else []
+    kept: list[str] = []
+    written: dict[str, str] = {}
+    skip_value = False
+    for word in arguments:
+        name = _name_of(word)
+        is_void = name is not None and name != _ADDRESS and first.get(name) in addressed
+        if name in first and not is_void:
+            written[first[name]] = word.partition("=")[0]
+        if not is_void and not skip_value:
+            kept.append(word)
+        skip_value = is_void and "=" not in word
+    return kept, written
+
+
+def _name_of(word: str) -> str | None:
+    """The flag's name in a word of the command line; None for a value."""
+    return word.lstrip("-").partition("=")[0] if word.startswith("-") else None
+
+
+def _dotenv(kind: type[_Settings]) -> Mapping[str, str | None]:
+    """The variables of `.env` in the working directory; names that we do not know are other programs'."""
+    try:
+        return DotEnvSettingsSource(kind, env_file=".env", case_sensitive=True).env_vars
+    except (OSError, UnicodeDecodeError) as error:
+        raise Rejected(Reason.SETTING, error, "a text file in UTF-8", ".env") from None
+
+
+def _of_file(kind: type[_Settings], path: Path, *, must_exist: bool) -> dict[str, Given]:
+    """What the YAML file says to this program. Raises Rejected(SETTING) for a key that no program knows, whoever it is for."""
+    if not path.is_file():
+        if must_exist:
+            raise Rejected(Reason.SETTING, f"no file {path}", "a YAML file of settings", "--config")
+        return {}
+    from sn29.rules.yaml_text import load
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        is_empty = all(line.lstrip()[:1] in ("", "#") for line in text.splitlines())
+        pairs = [] if is_empty else list(_flat(load(path.name, text)))
+    except (OSError, UnicodeDecodeError) as error:
+        raise Rejected(Reason.SETTING, error, "a text file in UTF-8", str(path)) from None
+    except Rejected as error:
+        raise Rejected(Reason.SETTING, error.got, error.limit, error.where) from None
+    found = dict(pairs)
+    twice = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
+    if twice:
+        raise Rejected(Reason.SETTING, f"{twice[0]}, twice", "each setting once", path.name)
+    known = {key for program in programs() for setting in settings_of(program) for key in setting.keys}
+    for key in found:
+        if key not in known:
+            own = [name for name in sorted(known) if name.endswith(f".{key}")]
+            near = " or ".join(own or difflib.get_close_matches(key, sorted(known), n=1, cutoff=0))
+            raise Rejected(Reason.SETTING, f"{key}, which is no setting", f"a known one, such as {near}", path.name)
+    given: dict[str, Given] = {}
+    for setting in settings_of(kind):
+        used = [key for key in setting.keys if found.get(key) is not None]
+        used = [key for key in used if key == _ADDRESS] or used
+        if len(used) > 1:
+            raise Rejected(Reason.SETTING, f"{used[0]} and {used[1]}", "one of them: they are the same setting", path.name)
+        if used:
+            given[setting.names[0]] = Given(found[used[0]], f"{path.name} {used[0]}")
+    return given
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path -> value: `wallet: {name: x}` and `wallet.name: x` are the same."""
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def programs(base: type[_Settings] = _Settings) -> Iterator[type[_Settings]]:
+    """The settings of every command."""
+    if base.model_config.get("cli_prog_name"):
+        yield base
+    for kind in base.__subclasses__():
+        yield from programs(kind)

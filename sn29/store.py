@@ -15,14 +15,15 @@ from types import MappingProxyType
 from typing import Any
 
 from sn29.errors import Reason, Rejected
-from sn29.records import Commitment, Loss, Outcome, Weights
+from sn29.records import Commitment, Identity, Loss, Outcome, Weights
 from sn29.round_record import RoundRecord, decode, encode
 
-SCHEMA = 2
+SCHEMA = 3
 
 _TABLES = """
 create table meta(key text primary key, value text not null) strict;
 create table claim(key text primary key, block integer not null, hotkey text not null) strict;
+create table first_seen(hotkey text, digest text, block integer not null, primary key (hotkey, digest)) strict;
 create table verdict(
   hotkey text, block integer, data blob, rules text, outcome text not null,
   primary key (hotkey, block, data, rules)) strict;
@@ -35,8 +36,24 @@ create table loss(
 create table round(block integer primary key, plan text not null, record text, weights text) strict;
 create table standing(round integer, competition text, model text, hotkey text not null, weight real not null,
   primary key (round, competition, model)) strict;
-create table publication(block integer primary key, round integer not null, weights text not null) strict;
+create table publication(mechanism integer, block integer, round integer not null, weights text not null,
+  primary key (mechanism, block)) strict;
+create table sent(mechanism integer, since integer, round integer not null, weights text not null,
+  block integer, reveals_at integer, digests text not null, primary key (mechanism, since)) strict;
 """
+
+_FROM_2 = """
+create table first_seen(hotkey text, digest text, block integer not null, primary key (hotkey, digest)) strict;
+alter table publication rename to publication_2;
+create table publication(mechanism integer, block integer, round integer not null, weights text not null,
+  primary key (mechanism, block)) strict;
+insert into publication select 0, block, round, weights from publication_2;
+drop table publication_2;
+create table sent(mechanism integer, since integer, round integer not null, weights text not null,
+  block integer, reveals_at integer, digests text not null, primary key (mechanism, since)) strict;
+"""
+"""From schema 2, which knew one mechanism, and weights that stand or do not."""
+_KEEP_FIRST_SEEN = "insert into first_seen values (?1, ?2, ?3) on conflict do update set block = min(block, ?3)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +77,45 @@ class StoredRound:
     record: RoundRecord | None
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Weights that were sent, or are about to be, and are not known to stand on chain yet."""
+
+    since: int
+    """Head before they were sent: the chain shows them, if ever, after it."""
+    weights: Weights
+    block: int | None = None
+    """Block that took them; None while nobody knows whether one did."""
+    reveals_at: int | None = None
+    """Block of the epoch in which the chain reveals them; None for a plain set."""
+    digests: tuple[str, ...] = ()
+    """sha256 hex of the commit that the chain keeps until then: of each that was sent, while it is not known which one the chain
+    took. Empty for a plain set."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChainSeen:
+    """The chain as it was last seen to go on: what its age is counted from while it does not answer."""
+
+    block: int
+    """Newest final block."""
+    at: float
+    """When it came, in seconds since 1970 by this machine's clock."""
+    block_seconds: float
+    epoch: int
+    """Blocks."""
+    reveal_epochs: int
+    """Epochs until committed weights stand; 0 when they are set in the open."""
+
+
 class Store:
     """The validator's memory, in `path`. Several processes may read while one writes."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        """Opens or creates the file. Raises Rejected(SETTING) for a file of another schema."""
+        """Opens or creates the file; one of schema 2 is brought up to date, unless it is only read.
+
+        Raises Rejected(SETTING) for a file of another schema.
+        """
         if read_only and not path.exists():
             raise Rejected(Reason.SETTING, f"no store at {path}", "the state folder of a validator that has run")
         try:
@@ -77,7 +128,8 @@ class Store:
             raise Rejected(Reason.SETTING, f"{path}: {error}", "a folder that can be written to") from None
         schema = self._value("select value from meta where key = 'schema'")
         if schema != str(SCHEMA):
-            raise Rejected(Reason.SETTING, f"schema {schema} in {path}", f"schema {SCHEMA}")
+            older = "; start the validator once, which brings it up to date" if schema == "2" else ""
+            raise Rejected(Reason.SETTING, f"schema {schema} in {path}", f"schema {SCHEMA}{older}")
 
     def _create(self) -> None:
         self._db.execute("pragma journal_mode=wal")
@@ -87,6 +139,16 @@ class Store:
                 for statement in filter(str.strip, _TABLES.split(";")):
                     db.execute(statement)
                 db.execute("insert into meta values ('schema', ?)", (str(SCHEMA),))
+            elif db.execute("select value from meta where key = 'schema'").fetchone() == ("2",):
+                self._update_from_2(db)
+
+    @staticmethod
+    def _update_from_2(db: sqlite3.Connection) -> None:
+        for statement in filter(str.strip, _FROM_2.split(";")):
+            db.execute(statement)
+        for block, weights in db.execute("select block, weights from round where weights is not null").fetchall():
+            db.execute("update round set weights = ? where block = ?", (json.dumps({"0": json.loads(weights)}), block))
+        db.execute("update meta set value = '3' where key = 'schema'")
 
     def close(self) -> None:
         self._db.close()
@@ -100,13 +162,40 @@ class Store:
 
     # --- identity of the chain --------------------------------------------------------------------------------------
 
-    def belong_to(self, chain: str) -> None:
-        """Ties the store to one chain and subnet. Raises Rejected(SETTING) when it belongs to another."""
+    def belong_to(self, chain: Identity, netuid: int) -> int | None:
+        """Ties the store to one chain and subnet. The chain's runtime when the store was last used, if it was another one.
+
+        Raises Rejected(SETTING) when the store belongs to another chain or subnet: its blocks, claims and weights mean
+        nothing there. A runtime changes with every upgrade of the chain, which is no reason to stop.
+        """
+        runtime = str(chain.spec_version)
         with self._transaction() as db:
-            db.execute("insert or ignore into meta values ('chain', ?)", (chain,))
+            self.check_chain(chain, netuid)
+            db.execute("insert or ignore into meta values ('chain', ?)", (f"{chain.genesis} netuid {netuid}",))
+            before = self._value("select value from meta where key = 'spec_version'")
+            db.execute("insert or replace into meta values ('spec_version', ?)", (runtime,))
+        return int(before) if before not in (None, runtime) else None
+
+    def chain(self) -> str | None:
+        """Genesis and subnet that the store belongs to, as one text; None before it was ever used."""
         kept = self._value("select value from meta where key = 'chain'")
-        if kept != chain:
-            raise Rejected(Reason.SETTING, f"a store of {kept}", f"one of {chain}; give another --state.dir")
+        return None if kept is None else str(kept)
+
+    def check_chain(self, chain: Identity, netuid: int) -> None:
+        """Raises Rejected(SETTING) when the store belongs to another chain or subnet; writes nothing."""
+        kept, name = self.chain(), f"{chain.genesis} netuid {netuid}"
+        if kept not in (None, name):
+            limit = f"one of {name}, the network that was asked for; give another --state.dir, or that network again"
+            raise Rejected(Reason.SETTING, f"a store of {kept}", limit)
+
+    def chain_seen(self) -> ChainSeen | None:
+        """What `keep_chain_seen` kept last."""
+        text = self._value("select value from meta where key = 'chain_seen'")
+        return ChainSeen(**json.loads(text)) if text else None
+
+    def keep_chain_seen(self, seen: ChainSeen) -> None:
+        with self._transaction() as db:
+            db.execute("insert or replace into meta values ('chain_seen', ?)", (json.dumps(asdict(seen)),))
 
     # --- claims and verdicts ----------------------------------------------------------------------------------------
 
@@ -122,6 +211,24 @@ class Store:
                 " where (?2, ?3) < (block, hotkey)",
                 [(key, block, hotkey) for key, (block, hotkey) in claims.items()],
             )
+
+    def first_seen(self, claims: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
+        """Of these (hotkey, digest): the block of the earliest commitment by which the hotkey was ever seen to claim the digest.
+
+        The chain keeps a hotkey's newest commitment alone, with its block: what it claimed before is known only here.
+        """
+        wanted = json.dumps(list(claims))
+        rows = self._db.execute(
+            "select hotkey, digest, block from json_each(?) as wanted"
+            " join first_seen on hotkey = wanted.value ->> 0 and digest = wanted.value ->> 1",
+            (wanted,),
+        )
+        return {(hotkey, digest): block for hotkey, digest, block in rows}
+
+    def keep_first_seen(self, seen: Mapping[tuple[str, str], int]) -> None:
+        """Notes blocks of commitments; of two for one hotkey and digest the earlier stays, whatever was noted first."""
+        with self._transaction() as db:
+            db.executemany(_KEEP_FIRST_SEEN, [(*key, block) for key, block in seen.items()])
 
     def verdict(self, hotkey: str, block: int, data: bytes, rules: str) -> Outcome | None:
         """The final refusal of this commitment under these rules (a hash of the competition), if there is one."""
@@ -178,26 +285,34 @@ class Store:
         with self._transaction() as db:
             db.execute("insert or ignore into round(block, plan) values (?, ?)", (block, json.dumps(plan)))
 
-    def finish_round(self, block: int, record: RoundRecord, weights: Weights, standings: Iterable[Standing] = ()) -> None:
-        """Keeps the round's record, who stood where in it, and the weights it decided, in one step."""
+    def finish_round(
+        self, block: int, record: RoundRecord, weights: Mapping[int, Weights], standings: Iterable[Standing] = ()
+    ) -> None:
+        """Keeps the round's record, who stood where in it, and the weights it decided, by mechanism, in one step."""
         kept = encode(record).decode()
+        decided = json.dumps({str(mechanism): dict(one.by_hotkey) for mechanism, one in sorted(weights.items())})
         rows = [(block, x.competition, x.model, x.hotkey, x.weight) for x in standings]
         with self._transaction() as db:
-            db.execute(
-                "update round set record = ?, weights = ? where block = ?", (kept, json.dumps(dict(weights.by_hotkey)), block)
-            )
+            db.execute("update round set record = ?, weights = ? where block = ?", (kept, decided, block))
             db.executemany("insert or replace into standing values (?, ?, ?, ?, ?)", rows)
 
-    def begin(self, record: RoundRecord, standings: Iterable[Standing], claims: Mapping[str, tuple[int, str]]) -> None:
-        """Takes over another validator's round as the first one, in one step. See `weights` and `taken_over`."""
+    def begin(
+        self,
+        record: RoundRecord,
+        standings: Iterable[Standing],
+        claims: Mapping[str, tuple[int, str]],
+        seen: Mapping[tuple[str, str], int],
+    ) -> None:
+        """Takes over another validator's round as the first one, in one step. See `weights`, `taken_over`, `first_seen`."""
         block, kept = record.head.block, encode(record).decode()
         rows = [(block, x.competition, x.model, x.hotkey, x.weight) for x in standings]
         with self._transaction() as db:
             db.execute("insert into meta values ('taken_over', ?)", (str(block),))
-            weights = json.dumps(dict(record.weights.by_hotkey))
+            weights = json.dumps({str(mechanism): dict(one.by_hotkey) for mechanism, one in sorted(record.weights.items())})
             db.execute("insert into round(block, plan, record, weights) values (?, '{}', ?, ?)", (block, kept, weights))
             db.executemany("insert into standing values (?, ?, ?, ?, ?)", rows)
             db.executemany("insert into claim values (?, ?, ?)", [(key, *claim) for key, claim in claims.items()])
+            db.executemany(_KEEP_FIRST_SEEN, [(*key, first) for key, first in seen.items()])
 
     def taken_over(self) -> int | None:
         """Block of the round that is another validator's: its weights are not ours to set."""
@@ -239,26 +354,72 @@ class Store:
         block = self._value("select max(block) from round where record is not null")
         return None if block is None else int(block)
 
-    def weights(self, *, before: int | None = None) -> Weights | None:
-        """The weights of the newest finished round (before a block, if one is given); None when there is none."""
+    def weights(self, *, before: int | None = None) -> dict[int, Weights]:
+        """Mechanism -> weights of the newest finished round (before a block, if one is given); empty when there is none."""
         row = self._db.execute(
             "select block, weights from round where weights is not null and block < ? order by block desc limit 1",
             (before if before is not None else 1 << 62,),
         ).fetchone()
-        return Weights(row[0], MappingProxyType(json.loads(row[1]))) if row else None
+        return {int(m): Weights(row[0], MappingProxyType(kept)) for m, kept in json.loads(row[1]).items()} if row else {}
 
-    def keep_publication(self, block: int, weights: Weights) -> None:
-        """Notes that these weights were set on chain at `block` and read back."""
+    def first_decided(self) -> int | None:
+        """Block of the oldest round that decided weights; None when there is none."""
+        block = self._value("select min(block) from round where weights is not null")
+        return None if block is None else int(block)
+
+    # --- weights on their way to the chain --------------------------------------------------------------------------
+
+    def keep_sent(self, mechanism: int, sent: Sent, *, instead_of: Sent | None = None) -> None:
+        """Notes what is about to be sent, and later what became of it: a crash between the two is seen by its block.
+
+        instead_of: another note that goes with the same step.
+        """
+        row = (mechanism, sent.since, sent.weights.block, _text(sent.weights), sent.block, sent.reveals_at)
         with self._transaction() as db:
-            db.execute(
-                "insert or replace into publication values (?, ?, ?)",
-                (block, weights.block, json.dumps(dict(weights.by_hotkey))),
-            )
+            if instead_of is not None:
+                db.execute("delete from sent where mechanism = ? and since = ?", (mechanism, instead_of.since))
+            db.execute("insert or replace into sent values (?, ?, ?, ?, ?, ?, ?)", (*row, json.dumps(sent.digests)))
 
-    def publications(self) -> tuple[tuple[int, Weights], ...]:
+    def forget_sent(self, mechanism: int, sent: Sent) -> None:
+        """It never landed, or the chain dropped it, or a later one took its place."""
+        with self._transaction() as db:
+            db.execute("delete from sent where mechanism = ? and since = ?", (mechanism, sent.since))
+
+    def sent(self, mechanism: int = 0) -> tuple[Sent, ...]:
+        """What is on its way, oldest first."""
+        query = "select since, round, weights, block, reveals_at, digests from sent where mechanism = ? order by since"
+        rows = self._db.execute(query, (mechanism,))
+        return tuple(
+            Sent(since, _weights(round, kept), block, reveals_at, tuple(json.loads(digests)))
+            for since, round, kept, block, reveals_at, digests in rows
+        )
+
+    def keep_publication(self, block: int, weights: Weights, mechanism: int = 0, sent: Sent | None = None) -> None:
+        """Notes that these weights were set on chain at `block` and read back; everything sent up to `sent` is settled."""
+        with self._transaction() as db:
+            row = (mechanism, block, weights.block, _text(weights))
+            db.execute("insert or replace into publication values (?, ?, ?, ?)", row)
+            if sent is not None:
+                db.execute("delete from sent where mechanism = ? and since <= ?", (mechanism, sent.since))
+
+    def publications(self, mechanism: int = 0) -> tuple[tuple[int, Weights], ...]:
         """(block of the set, weights) of each, oldest first."""
-        rows = self._db.execute("select block, round, weights from publication order by block")
-        return tuple((row[0], Weights(row[1], MappingProxyType(json.loads(row[2])))) for row in rows)
+        query = "select block, round, weights from publication where mechanism = ? order by block"
+        return tuple((block, _weights(round, kept)) for block, round, kept in self._db.execute(query, (mechanism,)))
+
+    def last_publication(self, mechanism: int = 0) -> tuple[int, Weights] | None:
+        """The newest of `publications`."""
+        query = "select block, round, weights from publication where mechanism = ? order by block desc limit 1"
+        row = self._db.execute(query, (mechanism,)).fetchone()
+        return (row[0], _weights(row[1], row[2])) if row else None
+
+
+def _text(weights: Weights) -> str:
+    return json.dumps(dict(weights.by_hotkey))
+
+
+def _weights(block: int, text: str) -> Weights:
+    return Weights(block, MappingProxyType(json.loads(text)))
 
 
 class _Transaction:

@@ -1,28 +1,40 @@
 """A miner's submission, from a folder to a commitment on chain, as one story.
 
     check     what a validator would check, on the folder: metadata, rules, then a child process that loads and evaluates
-    submit    upload as one commit, private -> the same checks on what the Hub now has -> commit on chain -> read back -> public
+    submit    1 hide    the repository is made private, before anything is uploaded
+              2 upload  the folder, as one commit
+              3 check   the metadata again, on what the Hub now has
+              4 seal    if asked for: a commitment to the digest alone; wait until its block is final
+              5 commit  namespace, name, revision, digest, competition; wait until its block is final
+              6 show    the repository is made public
 
-Every step may be repeated: an upload of the same files makes no new revision, a commitment that already stands on chain
-is not written again (it would only make the model younger).
+Nobody can be faster: until step 6 nobody else has seen a byte of the model, and by then the commitment stands in a block
+that no fork can take away. The digest of steps 4 and 5 is of no use to others, it is made for the hotkey. With a seal
+not even the repository's name is known before the claim is final, and a validator that saw the seal counts from it.
+
+Every step may be repeated, and a submission that was cut off anywhere is ended by running it again: what is done is read
+from the chain and the Hub. An upload of the same files makes no new revision, a commitment that already stands on chain
+is not written again (it would only make the model younger). A repository is never made public while it holds files that
+no final commitment of ours names, whatever failed before.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from sn29.chain import Chain
-from sn29.errors import Reason, Rejected
+from sn29.errors import Rejected, Sn29Error
 from sn29.evaluation.worker import Job, evaluate, memory_needed
 from sn29.examination import start_token_of, unfit
 from sn29.hub import Hub
 from sn29.models import checkpoint
 from sn29.models.checkpoint import Read
-from sn29.records import Commitment, Loss, ModelFacts, ModelId, RepoListing, Sample
+from sn29.records import Commitment, Loss, ModelFacts, ModelId, RawCommitment, RepoListing, Sample, Sealed
 from sn29.rules.competition import Competition, violations
-from sn29.telemetry import tell
+from sn29.rules.scoring_fields import Champion
+from sn29.telemetry import tell, warn
 
 # Texts that a tokenizer must give back and a model must be able to score: plain words, line ends, scripts, a special token.
 PROBES = (
@@ -98,47 +110,125 @@ async def submit(
     competition: Competition,
     fixed: FixedText | None,
     *,
+    sealed: bool = False,
     force: bool = False,
 ) -> Commitment:
-    """Publishes the folder and commits to it. Raises Rejected when the rules refuse what was uploaded (unless forced)."""
+    """Publishes the folder and commits to it: the commitment as it stands in a final block.
+
+    Raises Rejected when the rules refuse what is uploaded (unless forced), Unavailable when chain or Hub do not answer or a
+    fork took the commitment away: then the repository stays private, and running it again goes on.
+    """
     namespace, _, name = repo.partition("/")
-    largest = Commitment(chain.hotkey, 0, ModelId(namespace, name, "0" * 40), checkpoint.digest("", ""), competition.name)
-    largest.encode()  # too long a name is said before anything is uploaded
-    standing = {c.hotkey: c for c in await chain.commitments()}.get(chain.hotkey)
-    stands_here = standing is not None and f"{namespace}:{name}:".encode() in standing.data
-    # Private until the commitment stands: whoever sees the files first could commit them under another hotkey.
+    local = checkpoint.local_listing(folder)
+    digest = checkpoint.digest(checkpoint.content_id(local.files), chain.hotkey)
+    # Too long a name, and what the folder alone shows, is said before anything is hidden or uploaded.
+    Commitment(chain.hotkey, 0, ModelId(namespace, name, "0" * 40), digest, competition.name).encode()
+    _refuse(inspect(local, checkpoint.local_reader(folder), competition, fixed), force)
+    standing = await _shown(chain, hub, repo)
+    if standing is not None and (standing.digest, standing.competition) == (digest, competition.name):
+        tell("public", f"{standing.model} is committed to and can be seen already", hotkey=chain.hotkey, block=standing.block)
+        return standing
     await asyncio.to_thread(hub.create, repo, private=True)
     await asyncio.to_thread(hub.set_private, repo, True)
     try:
-        commitment = await _publish(chain, hub, folder, ModelId(namespace, name, "0" * 40), competition, fixed, force=force)
-        stands_here = True
-    finally:
-        if stands_here:  # also when an update was refused: what stands on chain must stay visible
-            await asyncio.to_thread(hub.set_private, repo, False)
-    tell("public", f"{commitment.model} can be seen by everybody", hotkey=chain.hotkey)
-    return commitment
+        model, digest = await _upload(chain, hub, folder, repo, competition, fixed, force)
+        block = await _claim(chain, model, digest, competition, sealed)
+    except Sn29Error:
+        await _show_what_stands(chain, hub, repo)
+        raise
+    await asyncio.to_thread(hub.set_private, repo, False)
+    tell("public", f"{model} can be seen by everybody", hotkey=chain.hotkey)
+    return Commitment(chain.hotkey, block, model, digest, competition.name)
 
 
-async def _publish(
-    chain: Chain, hub: Hub, folder: Path, model: ModelId, competition: Competition, fixed: FixedText | None, *, force: bool
-) -> Commitment:
-    """Upload, check, commit, read back, on a repository that only its owner can see."""
-    message = f"model for {competition.name}"
-    revision = await asyncio.to_thread(hub.upload, model.repo, folder, message=message)
-    model = replace(model, revision=revision)
+# --- the Hub's side ---------------------------------------------------------------------------------------------------
+
+
+async def _upload(
+    chain: Chain, hub: Hub, folder: Path, repo: str, competition: Competition, fixed: FixedText | None, force: bool
+) -> tuple[ModelId, str]:
+    """Steps 2 and 3, on a repository that only its owner can see: the model, and the digest of what the Hub has of it."""
+    revision = await asyncio.to_thread(hub.upload, repo, folder, message=f"model for {competition.name}")
+    model = ModelId.parse(f"{repo}@{revision}")
     tell("uploaded", f"{model}", hotkey=chain.hotkey, competition=competition.name)
     listing = await asyncio.to_thread(lambda: hub.listing(model, as_owner=True))
-    checked = await asyncio.to_thread(inspect, listing, hub.reader(model, as_owner=True), competition, fixed)
+    _refuse(await asyncio.to_thread(inspect, listing, hub.reader(model, as_owner=True), competition, fixed), force)
+    return model, checkpoint.digest(checkpoint.content_id(listing.files), chain.hotkey)
+
+
+def _refuse(checked: Checked, force: bool) -> None:
     if checked.refusals and not force:
         raise checked.refusals[0]
-    digest = checkpoint.digest(checkpoint.content_id(listing.files), chain.hotkey)
+
+
+async def _shown(chain: Chain, hub: Hub, repo: str) -> Commitment | None:
+    """Our commitment, if it is final, names what the repository holds, and everybody can see that; else None."""
+    standing = await _committed(chain, hub, repo)
+    if standing is None:
+        return None
+    try:
+        await asyncio.to_thread(hub.listing, standing.model)
+    except Rejected:  # private, or gated
+        return None
+    return standing
+
+
+async def _committed(chain: Chain, hub: Hub, repo: str) -> Commitment | None:
+    """Our commitment, if it is final and names what the main branch of the repository holds; else None."""
+    standing = await _own(chain, (await chain.finalized()).block)
+    try:
+        found = Commitment.parse(chain.hotkey, standing.block, standing.data) if standing else None
+        if found is not None and found.model.repo == repo:
+            revision = await asyncio.to_thread(hub.resolve, repo)
+            return found if found.model.revision == revision else None
+    except Rejected:  # other software's commitment, a seal, or a repository that is gone
+        pass
+    return None
+
+
+async def _show_what_stands(chain: Chain, hub: Hub, repo: str) -> None:
+    """After a failure: a repository that holds nothing new is made public again, any other one stays private."""
+    try:
+        if await _committed(chain, hub, repo) is not None:
+            await asyncio.to_thread(hub.set_private, repo, False)
+            return
+    except Sn29Error:  # what failed before may fail here too; the first failure is told
+        pass
+    warn("hidden", f"{repo} stays private: no final commitment names what it holds; run it again", hotkey=chain.hotkey)
+
+
+# --- the chain's side -------------------------------------------------------------------------------------------------
+
+
+async def _claim(chain: Chain, model: ModelId, digest: str, competition: Competition, sealed: bool) -> int:
+    """Steps 4 and 5; the block of the commitment. What stands already is not written again, and all of it is final.
+
+    Final, because a block that is not can be replaced by one with somebody else's commitment before ours.
+    """
+    seal = Sealed(chain.hotkey, 0, digest, competition.name).encode()
     data = Commitment(chain.hotkey, 0, model, digest, competition.name).encode()
-    standing = {c.hotkey: c for c in await chain.commitments()}.get(chain.hotkey)
-    if standing is None or standing.data != data:
-        await chain.commit(data)
-        standing = {c.hotkey: c for c in await chain.commitments()}.get(chain.hotkey)
-    if standing is None or standing.data != data:
-        raise Rejected(Reason.MALFORMED_COMMITMENT, standing.data if standing else "nothing", data, "read back from the chain")
-    commitment = Commitment.parse(chain.hotkey, standing.block, standing.data)
-    tell("committed", f"{model} for {competition.name}", hotkey=chain.hotkey, block=commitment.block)
-    return commitment
+    standing = await _own(chain)
+    if standing is not None and standing.data != data:
+        await _warn_if_paid(chain, standing, digest, competition)
+    if sealed and (standing is None or standing.data != data):
+        receipt = await chain.commit(seal)
+        tell("sealed", f"the digest alone, for {competition.name}", hotkey=chain.hotkey, block=receipt.block)
+    receipt = await chain.commit(data)
+    tell("committed", f"{model} for {competition.name}", hotkey=chain.hotkey, block=receipt.block)
+    return receipt.block
+
+
+async def _own(chain: Chain, block: int | None = None) -> RawCommitment | None:
+    """What our hotkey has on chain at a block (default: the head)."""
+    return next((c for c in await chain.commitments(block) if c.hotkey == chain.hotkey), None)
+
+
+async def _warn_if_paid(chain: Chain, standing: RawCommitment, digest: str, competition: Competition) -> None:
+    """Another model takes the place of the one that this hotkey is paid for: said before the first write."""
+    if digest.encode() in standing.data:
+        return
+    incentive = next((n.incentive for n in (await chain.metagraph()).neurons if n.hotkey == chain.hotkey), 0.0)
+    if incentive > 0:
+        lost = "the crown, if it has it" if isinstance(competition.scoring, Champion) else "the age of its claim"
+        why = f"this hotkey is paid today and gives up {lost}: its model is no longer committed to; use another hotkey instead"
+        warn("paid", why, hotkey=chain.hotkey, competition=competition.name, incentive=f"{incentive:.4f}")

@@ -1,12 +1,21 @@
-"""Objects that many tests need, all real: tiny models made once a session."""
+"""Objects that many tests need, all real: tiny models made once a session, and a drand beacon for the SDK to seal for."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from beacon import install
+
+install()  # before any test imports bittensor
+
+_CACHES = tempfile.TemporaryDirectory(prefix="sn29-tests-")
+os.environ["BITTENSOR_RUNTIME_CACHE_DIR"] = _CACHES.name  # the SDK's, by genesis: chains of tests have no business in the user's
+os.environ["BTCLI_TOKEN_SYMBOLS_CACHE"] = str(Path(_CACHES.name) / "token_symbols.json")
 
 
 @pytest.fixture(scope="session")

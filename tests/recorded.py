@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sn29.records import Entry, Head, ModelFacts, Outcome, Weights, Window
+from sn29.records import Entry, Head, ModelFacts, Outcome, Window
 from sn29.replay import competition_record, memory_for
 from sn29.round_record import ModelRecord, RoundRecord, SampleRecord
 from sn29.rules.competition import Competition, HallOfFame, parse_competition
@@ -90,7 +90,7 @@ def round_record(
     entries = {hotkey: Entry(f"content of {hotkey}", commit_blocks[hotkey]) for hotkey in table}
     contest = Contest(competition, window, table, entries, memory)
     registered = sorted({*table, *(m.hotkey for m in others)})
-    last = before.weights if before else None
+    last = before.weights if before else {}
     decision = decide({"c00": contest}, NOBODY, last, block, registered)
     num_samples = len(next(iter(table.values())))
     samples = [SampleRecord(hashlib.sha256(f"{block} {i}".encode()).hexdigest()[:32], 1000 + i) for i in range(num_samples)]
@@ -102,6 +102,6 @@ def round_record(
     )  # fmt: skip
     return RoundRecord(
         head(block), {"c00": kept}, tuple(no_competition), NOBODY.model_dump(mode="json"), tuple(registered), last,
-        Weights(block, dict(decision.weights.by_hotkey)), {"sn29": "0.1.0", "torch": "2.13.0"},
+        decision.weights, {"sn29": "0.1.0", "torch": "2.13.0"},
         {"device": "cpu", "dtype": "float32"},
     )  # fmt: skip

@@ -1,254 +1,27 @@
-"""The chain adapter on the embedded chain: real keys, the SDK's own client, several processes."""
+"""The chain adapter itself, on the embedded chain: what it does about failures, locks, several processes, wallets."""
 
 from __future__ import annotations
 
 import asyncio
+import email.utils
+import fcntl
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+import time
 from pathlib import Path
 from typing import Any
 
 import bittensor as bt
 import pytest
 from bittensor._transport.errors import StorageFunctionNotFound
+from chain_net import NETUID, Net, run
 
 from sn29.chain import Chain, create_wallet, load_wallet
 from sn29.errors import Reason, Rejected, Unavailable
-from sn29.localnet.ledger import Ledger, LedgerSubstrate
+from sn29.localnet.ledger import LedgerSubstrate
 from sn29.records import Weights
-
-NETUID = 29
-BLOCK_S = 0.05
-
-
-class Net:
-    """A chain with wallets, in one folder."""
-
-    def __init__(self, folder: Path, **params: Any) -> None:
-        self.folder = folder
-        self.ledger = Ledger.create(folder / "chain", netuid=NETUID, block_seconds=BLOCK_S, **params)
-
-    def wallet(self, name: str, *, registered: bool = True, permit: bool = False) -> Any:
-        wallet = create_wallet("cold", name, self.folder / "wallets")
-        if registered:
-            self.ledger.register(wallet.hotkey.ss58_address, wallet.coldkeypub.ss58_address, stake=1, permit=permit)
-            self.ledger.advance(1)
-        return wallet
-
-    def chain(self, wallet: Any = None, **options: Any) -> Chain:
-        options.setdefault("substrate", LedgerSubstrate(self.folder / "chain"))
-        return Chain(NETUID, wallet=wallet, **options)
-
-
-def run(chain: Chain, story: Callable[[Chain], Awaitable[None]]) -> None:
-    async def inside() -> None:
-        async with chain:
-            await story(chain)
-
-    asyncio.run(inside())
-
-
-def test_commitments_come_back_with_their_blocks_and_as_they_were(tmp_path: Path) -> None:
-    net = Net(tmp_path)
-    first, second = net.wallet("first"), net.wallet("second")
-    blob = bytes(range(128))
-
-    async def story() -> None:
-        async with net.chain(first) as a, net.chain(second) as b:
-            before = await a.head()
-            one = await a.commit(b"model one")
-            other = await b.commit(blob)
-            again = await a.commit(b"model two")
-            assert before.block < one.block < other.block < again.block
-            assert one.verified_by_readback
-            found = [(c.hotkey, c.block, c.data) for c in await b.commitments()]
-            assert found == [(b.hotkey, other.block, blob), (a.hotkey, again.block, b"model two")]
-            past = [(c.hotkey, c.block, c.data) for c in await a.commitments(again.block - 1)]
-            assert past == [(a.hotkey, one.block, b"model one"), (b.hotkey, other.block, blob)]
-            assert await a.commitments(before.block) == ()
-
-    asyncio.run(story())
-
-
-def test_the_same_bytes_again_move_the_block(tmp_path: Path) -> None:
-    net = Net(tmp_path)
-
-    async def story(chain: Chain) -> None:
-        first = await chain.commit(b"same")
-        second = await chain.commit(b"same")
-        assert second.block > first.block
-        assert [c.block for c in await chain.commitments()] == [second.block]
-
-    run(net.chain(net.wallet("miner")), story)
-
-
-def test_room_and_size_of_commitments(tmp_path: Path) -> None:
-    net = Net(tmp_path, tempo=1_000_000)
-
-    async def story(chain: Chain) -> None:
-        for size in (0, 129):
-            with pytest.raises(Rejected) as refusal:
-                await chain.commit(b"x" * size)
-            assert refusal.value.reason is Reason.MALFORMED_COMMITMENT
-        blocks = [(await chain.commit(b"%d" % i)).block for i in range(31)]
-        assert blocks == sorted(set(blocks))
-        with pytest.raises(Unavailable, match="SpaceLimitExceeded"):
-            await chain.commit(b"one too many")
-
-    run(net.chain(net.wallet("miner")), story)
-
-
-def test_an_unregistered_hotkey_is_refused_and_a_lost_one_not_listed(tmp_path: Path) -> None:
-    net = Net(tmp_path, max_uids=1)
-    stranger, miner = net.wallet("stranger", registered=False), net.wallet("miner")
-
-    async def story(chain: Chain) -> None:
-        with pytest.raises(Rejected) as refusal:
-            await chain.commit(b"me too")
-        assert refusal.value.reason is Reason.NOT_REGISTERED
-        with pytest.raises(Rejected) as refusal:
-            await chain.set_weights(Weights(1, {miner.hotkey.ss58_address: 1.0}))
-        assert refusal.value.reason is Reason.NOT_REGISTERED
-        async with net.chain(miner) as other:
-            await other.commit(b"here")
-        assert len(await chain.commitments()) == 1
-        net.ledger.register(chain.hotkey, chain.hotkey)  # takes the only uid
-        net.ledger.advance(1)
-        assert await chain.commitments() == ()
-
-    run(net.chain(stranger), story)
-
-
-def test_other_shapes_of_commitments_reach_the_parser_as_bytes(tmp_path: Path) -> None:
-    net = Net(tmp_path)
-    wallet = net.wallet("miner")
-
-    async def story(chain: Chain) -> None:
-        async with bt.Client("local", substrate=LedgerSubstrate(tmp_path / "chain")) as client:
-            for fields in ([{"Raw1": b"a"}, {"Raw1": b"b"}], [{"Sha256": b"\1" * 32}], []):
-                call = bt.calls.Commitments.set_commitment(netuid=NETUID, info={"fields": fields})
-                assert (await client.submit_call(call, wallet, signer="hotkey", wait_for_finalization=False)).success
-                (found,) = await chain.commitments()
-                assert found.data.startswith(b"[")
-        await chain.commit(b"\xff\x00:not utf-8")
-        assert (await chain.commitments())[0].data == b"\xff\x00:not utf-8"
-
-    run(net.chain(wallet), story)
-
-
-def test_weights_are_read_back_by_hotkey(tmp_path: Path) -> None:
-    net = Net(tmp_path, weights_rate_limit=0)
-    validator = net.wallet("validator", permit=True)
-    one, two, three = (net.wallet(name).hotkey.ss58_address for name in ("one", "two", "three"))
-
-    async def story(chain: Chain) -> None:
-        assert await chain.weights(chain.hotkey) == {}
-        before = (await chain.head()).block
-        sent = {one: 0.7, two: 0.2, three: 0.1, "5ThisHotkeyHasLeft": 0.3}
-        receipt = await chain.set_weights(Weights(before, sent))
-        row = await chain.weights(chain.hotkey)
-        assert receipt.verified_by_readback
-        assert receipt.block > before
-        assert row == pytest.approx({one: 0.7, two: 0.2, three: 0.1}, abs=1e-4)
-        assert sum(row.values()) == pytest.approx(1)
-        assert await chain.weights(chain.hotkey, before) == {}
-        assert await chain.weights("5NotRegistered") == {}
-        graph = await chain.metagraph()
-        assert {n.hotkey: n.last_update for n in graph.neurons}[chain.hotkey] == receipt.block
-        await chain.set_weights(Weights(before, {two: 1.0}))
-        assert await chain.weights(chain.hotkey) == {two: 1.0}
-        assert await chain.weights(chain.hotkey, receipt.block) == row
-
-    run(net.chain(validator), story)
-
-
-def test_a_row_is_not_inherited_with_a_uid(tmp_path: Path) -> None:
-    net = Net(tmp_path, weights_rate_limit=0, max_uids=3)
-    validator, one, two = (net.wallet(name, permit=name == "v") for name in ("v", "one", "two"))
-
-    async def story(chain: Chain) -> None:
-        await chain.set_weights(Weights(1, {one.hotkey.ss58_address: 0.5, two.hotkey.ss58_address: 0.5}))
-        newcomer = net.wallet("newcomer").hotkey.ss58_address
-        assert (await chain.metagraph()).uid_of()[newcomer] == 1
-        assert await chain.weights(chain.hotkey) == {two.hotkey.ss58_address: 1.0}
-
-    run(net.chain(validator), story)
-
-
-def test_the_rate_limit_says_how_long_to_wait(tmp_path: Path) -> None:
-    net = Net(tmp_path, weights_rate_limit=10_000)
-    validator, miner = net.wallet("validator", permit=True), net.wallet("miner").hotkey.ss58_address
-
-    async def story(chain: Chain) -> None:
-        with pytest.raises(Unavailable, match="blocks to wait") as early:
-            await chain.set_weights(Weights(1, {miner: 1.0}))  # registration counts as a weight set
-        assert 0 < early.value.retry_s <= 10_000 * BLOCK_S
-        net.ledger.advance(10_000)
-        assert (await chain.set_weights(Weights(1, {miner: 1.0}))).verified_by_readback
-
-    run(net.chain(validator), story)
-
-
-def test_permit_version_and_empty_weights(tmp_path: Path) -> None:
-    net = Net(tmp_path, weights_rate_limit=0)
-    validator, plain = net.wallet("validator", permit=True), net.wallet("plain")
-    miner = net.wallet("miner").hotkey.ss58_address
-
-    async def refused(wallet: Any, weights: dict[str, float], version_key: int = 0) -> Reason:
-        async with net.chain(wallet) as chain:
-            with pytest.raises(Rejected) as refusal:
-                await chain.set_weights(Weights(1, weights), version_key=version_key)
-            return refusal.value.reason
-
-    async def story() -> None:
-        assert await refused(plain, {miner: 1.0}) is Reason.NOT_PERMITTED
-        assert await refused(validator, {}) is Reason.NO_WEIGHTS
-        assert await refused(validator, {"5Gone": 1.0, miner: 0.0}) is Reason.NO_WEIGHTS
-        net.ledger.set_params(version_key=7)
-        net.ledger.advance(1)
-        assert await refused(validator, {miner: 1.0}, 6) is Reason.OUTDATED
-        async with net.chain(validator) as chain:
-            assert (await chain.params()).version_key == 7
-            assert (await chain.set_weights(Weights(1, {miner: 1.0}), version_key=7)).verified_by_readback
-
-    asyncio.run(story())
-
-
-def test_points_and_settings_of_the_chain(tmp_path: Path) -> None:
-    net = Net(tmp_path, tempo=77, max_weight=13107, immunity_blocks=5, min_weights=2)
-    net.ledger.advance(50)
-
-    async def story(chain: Chain) -> None:
-        head, final = await chain.head(), await chain.finalized()
-        assert head.block >= 50
-        assert final.block <= (await chain.head()).block - 2
-        assert await chain.block_hash(final.block) == final.hash == net.ledger.hash_of(final.block)
-        assert await chain.block_seconds() == BLOCK_S
-        params = await chain.params(head.block)
-        assert (params.tempo, params.min_weights, params.immunity_blocks) == (77, 2, 5)
-        assert params.max_weight == pytest.approx(0.2)
-        assert not params.commit_reveal
-        with pytest.raises(Unavailable, match="no block at height"):
-            await chain.block_hash(10**9)
-        with pytest.raises(Rejected, match="no wallet"):
-            await chain.commit(b"unsigned")
-
-    run(net.chain(), story)
-
-
-def test_a_missing_subnet_never_looks_empty(tmp_path: Path) -> None:
-    Net(tmp_path)
-
-    async def story(chain: Chain) -> None:
-        for question in (chain.metagraph, chain.commitments, chain.params):
-            with pytest.raises(Unavailable, match="no subnet 30"):
-                await question()
-
-    run(Chain(30, substrate=LedgerSubstrate(tmp_path / "chain")), story)
-
 
 MINER = f"""
 import asyncio, sys
@@ -258,7 +31,8 @@ from sn29.localnet.ledger import LedgerSubstrate
 
 async def main(folder, name):
     wallet = load_wallet("cold", name, folder / "wallets")
-    async with Chain({NETUID}, wallet=wallet, substrate=LedgerSubstrate(folder / "chain")) as chain:
+    substrate = LedgerSubstrate(folder / "chain")
+    async with Chain({NETUID}, wallet=wallet, substrate=substrate, locks=folder / "locks") as chain:
         blocks = [(await chain.commit(f"{{name}} {{i}}".encode())).block for i in range(10)]
         print(*blocks)
 
@@ -293,6 +67,33 @@ class Dropping(LedgerSubstrate):
     async def submit(self, *args: Any, **options: Any) -> Any:
         await super().submit(*args, **options)
         raise bt.RpcConnectionError("connection lost")
+
+
+class Blind(LedgerSubstrate):
+    """A node that takes a transaction, breaks the connection, and does not see blocks become final."""
+
+    blind = True
+
+    async def submit(self, *args: Any, **options: Any) -> Any:
+        await super().submit(*args, **options)
+        raise bt.RpcConnectionError("connection lost")
+
+    async def finalized_block_number(self) -> int:
+        return 0 if self.blind else await super().finalized_block_number()
+
+
+class Failing(LedgerSubstrate):
+    """A node whose storage cannot be read, always or so many times."""
+
+    def __init__(self, path: Path, error: Exception, times: int = 10**9) -> None:
+        super().__init__(path)
+        self.error, self.times, self.asked = error, times, 0
+
+    async def query(self, *args: Any, **options: Any) -> Any:
+        self.asked += 1
+        if self.asked <= self.times:
+            raise self.error
+        return await super().query(*args, **options)
 
 
 class Swallowing(LedgerSubstrate):
@@ -344,29 +145,107 @@ def test_a_silent_or_absent_node_is_unavailable() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "why", "retry_s"),
+    ("error", "why"),
     [
-        (StorageFunctionNotFound("no SubnetEpochConsensus"), "do not match: no SubnetEpochConsensus", None),
-        (bt.RpcPolicyError("slow down", retry_after="30"), "refuses traffic: slow down", 30.0),
-        (bt.RpcPolicyError("slow down", retry_after="Wed, 21 Oct"), "refuses traffic: slow down", None),
-        (bt.RpcConnectionError("no route"), "no route", None),
-        (ConnectionResetError("reset"), "reset", None),
+        (StorageFunctionNotFound("no SubnetEpochConsensus"), "do not match: no SubnetEpochConsensus"),
+        (bt.RpcConnectionError("no route"), "no route"),
+        (ConnectionResetError("reset"), "reset"),
+        (bt.ChainError("State of the art"), "State of the art"),
     ],
 )
-def test_failures_of_the_node_are_unavailable(tmp_path: Path, error: Exception, why: str, retry_s: float | None) -> None:
-    class Failing(LedgerSubstrate):
-        async def query(self, *args: Any, **options: Any) -> Any:
-            raise error
-
+def test_failures_of_the_node_are_unavailable(tmp_path: Path, error: Exception, why: str) -> None:
     Net(tmp_path)
 
     async def story(chain: Chain) -> None:
         with pytest.raises(Unavailable, match=why) as failure:
             await chain.params()
-        assert failure.value.retry_s == retry_s
+        assert failure.value.retry_s is None
         assert (await chain.head()).block >= 0  # over a new connection
 
-    run(Chain(NETUID, substrate=Failing(tmp_path / "chain")), story)
+    run(Chain(NETUID, substrate=Failing(tmp_path / "chain", error)), story)
+
+
+@pytest.mark.parametrize(
+    ("stated", "retry_s"),
+    [("30", 30), (None, 12), ("Wed, 21 Oct", 12), (email.utils.formatdate(time.time() + 1000, usegmt=True), 990)],
+)
+def test_a_refusal_under_a_policy_says_when_to_come_again(tmp_path: Path, stated: str | None, retry_s: float) -> None:
+    Net(tmp_path)
+
+    async def story(chain: Chain) -> None:
+        for _ in range(2):  # the second time nobody is asked
+            with pytest.raises(Unavailable, match="refuses traffic: slow down") as failure:
+                await chain.params()
+            assert failure.value.retry_s == pytest.approx(retry_s, rel=0.5)
+        assert substrate.asked == 1
+
+    substrate = Failing(tmp_path / "chain", bt.RpcPolicyError("slow down", retry_after=stated))
+    run(Chain(NETUID, substrate=substrate, deadline_s=5), story)
+
+
+def test_a_short_pause_is_waited_out(tmp_path: Path) -> None:
+    Net(tmp_path)
+
+    async def story(chain: Chain) -> None:
+        assert (await chain.params()).tempo == 360
+        assert substrate.asked > 1
+
+    substrate = Failing(tmp_path / "chain", bt.RpcPolicyError("slow down", retry_after="1"), times=1)
+    run(Chain(NETUID, substrate=substrate), story)
+
+
+def test_one_writer_of_a_hotkey_over_processes(tmp_path: Path) -> None:
+    net = Net(tmp_path, weights_rate_limit=0)
+    wallet = net.wallet("miner", permit=True)
+    locks = tmp_path / "locks"
+    locks.mkdir()
+
+    async def story(chain: Chain) -> None:
+        with (locks / f"{chain.hotkey}.lock").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            held.write("process 4711")
+            held.flush()
+            with pytest.raises(Unavailable, match="process 4711 is writing with hotkey"):
+                await chain.commit(b"second")
+            assert await chain.commitments() == ()
+        await chain.commit(b"third")
+        await chain.set_weights(Weights(1, {chain.hotkey: 1.0}))
+        assert (locks / f"{chain.hotkey}.lock").read_text() == f"process {os.getpid()}"
+
+    run(net.chain(wallet, locks=locks, deadline_s=1), story)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Rejected, match="a folder for locks"):
+        asyncio.run(net.chain(wallet, locks=tmp_path / "file").commit(b"x"))
+
+
+def test_a_set_that_landed_unseen_is_not_repeated(tmp_path: Path) -> None:
+    """Neither by the process that lost the answer, nor by the next one, which knows only when it began."""
+    net = Net(tmp_path, weights_rate_limit=0)
+    wallet = net.wallet("validator", permit=True)
+    one, two = (net.wallet(name).hotkey.ss58_address for name in ("one", "two"))
+
+    async def blind(substrate: Any) -> int:
+        async with net.chain(wallet, substrate=substrate, deadline_s=0.5) as chain:
+            since = (await chain.head()).block
+            with pytest.raises(Unavailable, match="does not show it"):
+                await chain.set_weights(Weights(1, {one: 1.0}))
+            substrate.blind = False
+            receipt = await chain.set_weights(Weights(1, {one: 1.0}))
+            assert receipt.verified_by_readback
+        return since
+
+    async def later(since: int) -> None:
+        async with net.chain(wallet) as chain:
+            graph = await chain.metagraph()
+            first = next(n.last_update for n in graph.neurons if n.hotkey == chain.hotkey)
+            assert (await chain.set_weights(Weights(1, {one: 1.0}), since=since)).block == first
+            assert (await chain.set_weights(Weights(1, {two: 1.0}), since=since)).block > first
+            assert (await chain.set_weights(Weights(1, {two: 1.0}))).block > first
+
+    since = asyncio.run(blind(Blind(tmp_path / "chain")))
+    blocks = range(since, net.ledger.head() + 1)
+    assert [call.signer for block in blocks for call in net.ledger.extrinsics(block)] == [wallet.hotkey.ss58_address]
+    asyncio.run(later(since))
 
 
 def test_settings_are_checked_before_anything_is_asked(tmp_path: Path) -> None:
@@ -374,6 +253,8 @@ def test_settings_are_checked_before_anything_is_asked(tmp_path: Path) -> None:
     (tmp_path / "cold/hotkeys/torn").write_text('{"secretPhrase": ')
     for wrong in (
         lambda: Chain(NETUID, network="finny"),
+        lambda: Chain(NETUID, network="ws://127.0.0.1:1", fallbacks=["http://127.0.0.1:2"]),
+        lambda: Chain(NETUID, network="ws://127.0.0.1:1", archives=["finney"]),
         lambda: load_wallet("cold", "missing", tmp_path),
         lambda: load_wallet("cold", "torn", tmp_path),
         lambda: create_wallet("cold", "hot", tmp_path),

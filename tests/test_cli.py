@@ -31,7 +31,8 @@ def sn29(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_needs_nothing_heavy():
-    for words in (["--help"], ["validator", "--help"], ["miner", "--help"], ["check", "--help"], ["demo", "--help"]):
+    for program in ("", "validator", "miner", "check", "demo", "doctor", "config"):
+        words = [program, "--help"] if program else ["--help"]
         script = (
             f"import sys; sys.argv = ['sn29', *{words!r}]\n"
             "from sn29.cli import main\n"

@@ -86,7 +86,7 @@ def test_evidence_adds_up_under_champion_only() -> None:
     assert (found.wins_by_evidence - 7560) % 360 == 0
     assert 1 <= (found.wins_by_evidence - 7560) // 360 < 100
     records = [one("champion", **models)]
-    while records[-1].weights.by_hotkey.get("bob", 0.0) == 0.0:
+    while records[-1].weights[0].by_hotkey.get("bob", 0.0) == 0.0:
         block = records[-1].head.block + 360
         table = records[0].competitions["c00"].losses
         records.append(recorded.round_record(block, table, {"ann": 7000, "bob": 7100}, rule="champion", before=records[-1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,8 +31,11 @@ WINDOW = 4000  # blocks of 0.25 s: no window opens by itself while a test runs
 
 @pytest.mark.timeout(900)  # 130 s on two idle cores
 def test_the_demo_tells_its_story(tmp_path: Path) -> None:
-    """Ten miners, two rounds, real processes; models of three training steps, so their quality is not asked about."""
-    ended = demo.run(read(DemoSettings, ["--dir", str(tmp_path / "demo"), "--steps", "3", "--block-seconds", "0.5"]))
+    """Ten miners, two rounds, real processes, a node of its own in front of the chain; models of three training steps, so
+    their quality is not asked about."""
+    node = shlex.join(["env", f"PYTHONPATH={Path(__file__).parents[1]}", sys.executable, "-m", "tests.loopback_node"])
+    flags = ["--dir", str(tmp_path / "demo"), "--steps", "3", "--block-seconds", "0.5", "--node", node]
+    ended = demo.run(read(DemoSettings, flags))
     demo.check_outcomes(ended)
     assert len(ended.records) == 2
     assert sum(ended.published.values()) == pytest.approx(1.0)
@@ -110,7 +114,8 @@ def _start(localnet: Localnet, wallets: Path, state: Path, name: str, rounds: in
         "--wallet.name", name, "-H", "default", "--wallet.path", str(wallets), "-n", "localnet",
         "--localnet.dir", str(localnet.folder), "--hub.endpoint", localnet.endpoint, "--netuid", str(NETUID),
         "--competitions.dir", str(localnet.competitions), "--state.dir", str(state), "--dtype", "float32",
-        "--threads", "1", "--rounds", str(rounds), "--poll", "0.2", "--log.file", str(log),
+        "--threads", "1", "--locks.dir", str(state.parent / "locks"),
+        "--rounds", str(rounds), "--poll", "0.2", "--log.file", str(log),
     ]  # fmt: skip
     start = log.stat().st_size if log.exists() else 0
     with errors.open("ab") as stream:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from sn29.errors import Reason, Rejected, Unavailable
-from sn29.records import Commitment, ModelId
+from sn29.records import Commitment, ModelId, Sealed
 
 GOOD = Commitment("5Alice", 7, ModelId("alice", "my-model_1.5", "0123456789abcdef" * 2 + "01234567"), "A" * 43 + "=", "c00")
 
@@ -35,6 +35,19 @@ def test_whatever_else_stands_on_chain_is_one_refusal_that_can_be_printed(data):
         Commitment.parse("5Alice", 7, data)
     assert refused.value.reason is Reason.MALFORMED_COMMITMENT
     assert str(refused.value).isprintable()
+
+
+def test_a_seal_survives_the_chain_and_is_nothing_else():
+    seal = Sealed("5Alice", 7, GOOD.digest, "c00")
+    data = seal.encode()
+    assert data == b"sealed:" + b"A" * 43 + b"=:c00"
+    assert Sealed.parse("5Alice", 7, data) == seal
+    with pytest.raises(Rejected):
+        Commitment.parse("5Alice", 7, data)
+    for other in (b"", b"\xff", data + b"\n", data[:-1] + b"\xff", data + b":more", GOOD.encode(), data.replace(b"=", b"")):
+        assert Sealed.parse("5Alice", 7, other) is None
+    with pytest.raises(Rejected):
+        Sealed("5Alice", 7, GOOD.digest, "a name that is too long").encode()
 
 
 def test_a_name_that_does_not_fit_is_refused_before_it_is_committed():

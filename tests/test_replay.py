@@ -15,6 +15,7 @@ import recorded
 from sn29 import record_files, replay
 from sn29.audit import audit
 from sn29.errors import Reason, Rejected
+from sn29.records import Weights
 from sn29.round_record import RoundRecord, decode, encode
 from sn29.rules.schedule import parse_file
 from sn29.rules.weights import KEEP
@@ -49,10 +50,10 @@ def test_a_record_read_back_gives_the_recorded_bits(rule: str) -> None:
         again = decode(encode(record))
         decision = replay.recompute(again)
         assert replay.compare(again, decision) is None
-        assert {h: w.hex() for h, w in decision.weights.by_hotkey.items()} == {
-            h: w.hex() for h, w in record.weights.by_hotkey.items()
+        assert {h: w.hex() for h, w in decision.weights[0].by_hotkey.items()} == {
+            h: w.hex() for h, w in record.weights[0].by_hotkey.items()
         }
-        assert math.fsum(record.weights.by_hotkey.values()) == pytest.approx(1)
+        assert math.fsum(record.weights[0].by_hotkey.values()) == pytest.approx(1)
 
 
 def test_the_order_of_hotkeys_decides_nothing() -> None:
@@ -61,20 +62,88 @@ def test_the_order_of_hotkeys_decides_nothing() -> None:
     assert encode(recorded.round_record(7560, table, BLOCKS)) == encode(recorded.round_record(7560, backwards, BLOCKS))
 
 
+def test_a_record_of_the_schema_before_gives_the_recorded_bits() -> None:
+    vectors = recorded.REPOSITORY / "tests" / "vectors"
+    paths = [vectors / f"round_record_schema2_{name}.json" for name in ("first", "second")]
+    for path in paths:
+        record = record_files.read(path)
+        assert replay.compare(record, replay.recompute(record)) is None
+        assert sn29("replay", str(path)).returncode == 0
+    text = recorded.c00_text("champion")
+    simulated = list(replay.simulate(record_files.read_all(paths), parse_file("c00", text)))
+    assert [r.then for r in simulated] == [{"ann": 1.0}, {"ann": 1.0}] == [r.instead for r in simulated]
+
+
+def two_mechanisms(before: RoundRecord | None = None) -> RoundRecord:
+    """c00 paid by mechanism 0 and c01, with the same models, by mechanism 1, each with all of its reward."""
+    record = recorded.round_record(7560, recorded.losses(60, 1, ann=(0.0, 0.01), bob=(-0.03, 0.01)), BLOCKS, before=before)
+    kept = record.competitions["c00"]
+    losses = {"ann": kept.losses["bob"], "bob": kept.losses["ann"]}
+    outcomes = {m.hotkey: replace(m.outcome, competition="c01") for m in kept.models}
+    models = tuple(replace(m, outcome=outcomes[m.hotkey], losses=losses[m.hotkey]) for m in kept.models)
+    c01 = replace(
+        kept, models=models, parameters={**kept.parameters, "name": "c01", "mechanism": 1},
+        window=replace(kept.window, competition="c01"),
+    )  # fmt: skip
+    both = replace(record, competitions={"c00": kept, "c01": c01})
+    decision = replay.recompute(both)
+    scored = {name: replace(k, scores=decision.scored[name].scores) for name, k in both.competitions.items()}
+    return replace(both, competitions=scored, weights=decision.weights)
+
+
+def test_each_mechanism_has_weights_of_its_own() -> None:
+    record = two_mechanisms()
+    assert {m: max(w.by_hotkey, key=w.by_hotkey.__getitem__) for m, w in record.weights.items()} == {0: "bob", 1: "ann"}
+    assert all(math.fsum(w.by_hotkey.values()) == pytest.approx(1) for w in record.weights.values())
+    again = decode(encode(record))
+    assert again == record
+    assert replay.compare(again, replay.recompute(again)) is None
+    assert again.weights_of("c01") == record.weights[1].by_hotkey
+    assert again.weights_of("c99") == record.weights[0].by_hotkey
+    (found,) = replay.simulate([record], parse_file("c01", recorded.c00_text()))
+    assert found.then == record.weights[1].by_hotkey
+    up = replace(record.weights[1], by_hotkey={**record.weights[1].by_hotkey, "ann": 0.25})
+    other = replace(record, weights={**record.weights, 1: up})
+    difference = replay.compare(other, replay.recompute(record))
+    assert difference is not None
+    assert difference.what == audit(other, record)[0].what == "weights.1.by_hotkey.ann"
+
+
+def test_a_mechanism_remembers_its_own_last_weights() -> None:
+    """Half of the way from what each decided last; one that was not there before starts at its result."""
+    record = two_mechanisms()
+    last = {0: Weights(7200, {"ann": 1.0})}
+    decision = replay.recompute(replace(record, last_weights=last))
+    assert decision.weights[1] == record.weights[1]
+    new = record.weights[0].by_hotkey
+    assert decision.weights[0].by_hotkey == pytest.approx({h: (new.get(h, 0) + (h == "ann")) / 2 for h in ("ann", "bob")})
+
+
+def test_commands_say_which_mechanism(tmp_path: Path) -> None:
+    path = record_files.write(tmp_path, two_mechanisms())
+    done = sn29("replay", str(path))
+    assert done.returncode == 0
+    assert "weights\n" in done.stdout
+    assert "weights of mechanism 1\n" in done.stdout
+    assert sorted(json.loads(sn29("replay", str(path), "--json").stdout)["weights"]) == ["0", "1"]
+    told = sn29("explain", "ann", "--records", str(path)).stdout
+    assert "of mechanism 1" in told
+
+
 def test_one_bit_of_a_weight_a_score_or_a_loss_is_found() -> None:
     record = rounds()[0]
-    assert record.weights.by_hotkey["bob"] > 0
+    assert record.weights[0].by_hotkey["bob"] > 0
     kept = record.competitions["c00"]
 
     def up(value: float) -> float:
         return math.nextafter(value, 2.0)
 
-    weights = replace(record.weights, by_hotkey={**record.weights.by_hotkey, "bob": up(record.weights.by_hotkey["bob"])})
-    found = replay.compare(replace(record, weights=weights), replay.recompute(record))
+    weights = replace(record.weights[0], by_hotkey={**record.weights[0].by_hotkey, "bob": up(record.weights[0].by_hotkey["bob"])})
+    found = replay.compare(replace(record, weights={0: weights}), replay.recompute(record))
     assert found is not None
-    assert found.what == "weights.by_hotkey.bob"
+    assert found.what == "weights.0.by_hotkey.bob"
     scores = tuple(replace(s, weight=up(s.weight)) if s.hotkey == "bob" else s for s in kept.scores)
-    other = replace(record, competitions={"c00": replace(kept, scores=scores)}, weights=weights)
+    other = replace(record, competitions={"c00": replace(kept, scores=scores)}, weights={0: weights})
     found = replay.compare(other, replay.recompute(other))
     assert found is not None
     assert found.what == "c00: scores.bob.weight", "scores come first: weights follow from them"
@@ -99,11 +168,11 @@ def test_nothing_outside_the_record_decides(tmp_path: Path) -> None:
 
 def test_the_command_says_what_differs_first(tmp_path: Path) -> None:
     record = rounds()[0]
-    weights = replace(record.weights, by_hotkey={"ann": 1.0})
-    path = record_files.write(tmp_path, replace(record, weights=weights))
+    weights = replace(record.weights[0], by_hotkey={"ann": 1.0})
+    path = record_files.write(tmp_path, replace(record, weights={0: weights}))
     done = sn29("replay", str(path))
     assert done.returncode == 1
-    assert "weights.by_hotkey.ann: 1.0 |" in done.stdout
+    assert "weights.0.by_hotkey.ann: 1.0 |" in done.stdout
     answer = json.loads(sn29("replay", str(path), "--json").stdout)
     assert answer["equal"] is False
     assert answer["difference"]["first"] == "1.0"
@@ -149,7 +218,7 @@ def test_another_rule_gives_what_it_would_have_given_then(rule: str) -> None:
     decided_by = recorded.round_record(7560, table, BLOCKS, rule=rule)
     shares = {s.hotkey: s.weight for s in found.decision.scored["c00"].scores}
     assert shares == {s.hotkey: s.weight for s in decided_by.competitions["c00"].scores}
-    assert found.decision.weights.by_hotkey == decided_by.weights.by_hotkey
+    assert found.decision.weights == decided_by.weights
 
 
 def test_a_rule_that_is_not_known_is_refused(tmp_path: Path) -> None:
@@ -164,7 +233,7 @@ def test_other_competition_files(tmp_path: Path) -> None:
     """A limit below bob's size: he is not scored, and the answer says why; a competition without a file is not in force."""
     table = recorded.losses(60, 1, ann=(0.0, 0.01), bob=(-0.03, 0.01))
     record = recorded.round_record(7560, table, BLOCKS, num_parameters={"bob": 2_000_000_000})
-    assert max(record.weights.by_hotkey, key=lambda h: record.weights.by_hotkey[h]) == "bob"
+    assert max(record.weights[0].by_hotkey, key=lambda h: record.weights[0].by_hotkey[h]) == "bob"
     path = record_files.write(tmp_path / "records", record)
     folder = tmp_path / "competitions"
     folder.mkdir()
@@ -172,13 +241,13 @@ def test_other_competition_files(tmp_path: Path) -> None:
     done = sn29("replay", str(path), "--competitions", str(folder), "--json")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert answer["weights"] == {"ann": 1.0}
-    assert answer["recorded_weights"] == record.weights.by_hotkey
+    assert answer["weights"] == {"0": {"ann": 1.0}}
+    assert answer["recorded_weights"] == {"0": record.weights[0].by_hotkey}
     assert "2,000,000,000" in answer["refused"]["bob"]
     assert "1,000,000,000" in answer["refused"]["bob"]
     nowhere = replay.what_if(record, replay.from_files({}))
     assert nowhere.decision.scored == {}
-    assert nowhere.decision.weights.by_hotkey == {}
+    assert nowhere.decision.weights == {}
 
 
 def test_simulate_carries_weights_from_round_to_round() -> None:
@@ -188,7 +257,7 @@ def test_simulate_carries_weights_from_round_to_round() -> None:
     for k in range(4):
         before = found[-1] if found else None
         found.append(recorded.round_record(7560 + 360 * k, table, BLOCKS, before=before, num_parameters={"bob": 2_000_000_000}))
-    bob = found[0].weights.by_hotkey["bob"]
+    bob = found[0].weights[0].by_hotkey["bob"]
     text = recorded.c00_text() + "\nchanges:\n  - at: 7920\n    set: {limits.parameters: 1.0e9}\n"
     result = list(replay.simulate(found, parse_file("c00", text)))
     assert [r.block for r in result] == [7560, 7920, 8280, 8640]
@@ -229,7 +298,7 @@ def test_the_simulate_command(tmp_path: Path) -> None:
     assert all(f"  {hotkey}  " in by_file.stdout for hotkey in BLOCKS)
     assert sn29("competitions", "simulate", str(new), "--rounds", str(tmp_path / "records")).stdout == by_file.stdout
     data = json.loads(sn29("competitions", "simulate", str(new), "--rounds", str(paths[0]), "--json").stdout)
-    assert data[0]["then"] == rounds()[0].weights.by_hotkey
+    assert data[0]["then"] == rounds()[0].weights[0].by_hotkey
     assert sn29("competitions", "simulate", str(new)).returncode == 1
 
 
@@ -257,7 +326,7 @@ def test_a_record_by_hand_is_scored_like_a_round(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert {s["hotkey"]: s["wins"] for s in answer["scores"]["c00"]} == {"oldest": 1, "middle": 2, "newest": 2}
-    assert answer["weights"] == pytest.approx({"oldest": 1 / 9, "middle": 4 / 9, "newest": 4 / 9})
+    assert answer["weights"]["0"] == pytest.approx({"oldest": 1 / 9, "middle": 4 / 9, "newest": 4 / 9})
     named = tmp_path / "named.json"
     named.write_text(json.dumps({**WORKED, "competition": "c00"}))
     folder = tmp_path / "competitions"
@@ -314,7 +383,7 @@ def test_fewer_samples_than_a_group_are_refused_and_not_zero() -> None:
     with pytest.raises(Rejected, match="got 5 samples, rule at least 10"):
         replay.decide_by_hand(contest)
     other = replay.changed(contest, replay.Changed(replay.with_rule(contest.competition, "champion")))
-    assert replay.decide_by_hand(other).weights.by_hotkey
+    assert replay.decide_by_hand(other).weights[0].by_hotkey
 
 
 # --- audit ------------------------------------------------------------------------------------------------------------
@@ -339,7 +408,7 @@ def test_the_first_cause_comes_first(tmp_path: Path) -> None:
     assert found[0].what == f"c00: losses of bob on sample {sample}"
     assert "relative 0.333" in found[0].note
     assert "of 60 differences in 120 losses" in found[0].note
-    assert [d.what.partition(":")[0] for d in found] == ["c00", "c00", "weights.by_hotkey.ann"]
+    assert [d.what.partition(":")[0] for d in found] == ["c00", "c00", "weights.0.by_hotkey.ann"]
     one, two = record_files.write(tmp_path / "a", mine), record_files.write(tmp_path / "b", other)
     done = sn29("audit", str(one), str(two))
     assert done.returncode == 1
@@ -353,7 +422,7 @@ def test_every_stage_is_looked_at_in_the_order_of_causes() -> None:
     record = rounds()[-1]
     kept = record.competitions["c00"]
     ann, bob, cid = kept.models
-    moved = replace(record.weights, by_hotkey={"ann": 1.0})
+    moved = {0: replace(record.weights[0], by_hotkey={"ann": 1.0})}
 
     def with_kept(**changes: Any) -> RoundRecord:
         return replace(record, competitions={"c00": replace(kept, **changes)}, weights=moved)
@@ -374,7 +443,7 @@ def test_every_stage_is_looked_at_in_the_order_of_causes() -> None:
         (with_kept(memory_before={"else": 1}), "c00: memory before"),
         (with_kept(scores=kept.scores[1:]), "c00: scores.ann"),
         (replace(record, registered=("ann",), weights=moved), "registered hotkeys"),
-        (replace(record, last_weights=None, weights=moved), "last weights"),
+        (replace(record, last_weights={}, weights=moved), "last weights"),
         (replace(record, weights=moved), "weights"),
     ]
     for other, expected in stages:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from loopback_node import LoopbackNode
 
 from neurons.adapters import Tokenizers, dataset_of, parse_texts, read_texts
 from sn29.chain import Chain, create_wallet
@@ -20,7 +22,7 @@ from sn29.hub import Hub
 from sn29.localnet.hub import LoopbackHub
 from sn29.localnet.ledger import Ledger, LedgerSubstrate
 from sn29.models import checkpoint
-from sn29.publication import publish
+from sn29.publication import Publisher, Step
 from sn29.records import Commitment, Head, Loss, ModelId, Weights
 from sn29.replay import compare, recompute
 from sn29.round import begin_with, plan_round, run_round
@@ -76,18 +78,18 @@ class Subnet:
         read = parse_texts(read_texts(self.folder / "competitions"))
         return Rules(read.files, read.hall_of_fame, read.hashes)
 
-    def publish(self, name: str, folder: Path, digest: str | None = None) -> Commitment:
+    def publish(self, name: str, folder: Path, digest: str | None = None, competition: str = "c00") -> Commitment:
         """What a miner with its own tools does: upload, commit; the digest may lie."""
         hub = Hub(self.hub.endpoint, token=self.hub.add_user(name))
         hub.create(f"{name}/model")
         revision = hub.upload(f"{name}/model", folder, message="model")
         model = ModelId(name, "model", revision)
         right = checkpoint.digest(checkpoint.content_id(hub.listing(model).files), self.hotkey(name))
-        commitment = Commitment(self.hotkey(name), 0, model, digest or right, "c00")
+        commitment = Commitment(self.hotkey(name), 0, model, digest or right, competition)
 
         async def commit() -> None:
             async with self.chain(name) as chain:
-                await chain.commit(commitment.encode())
+                await chain.commit(commitment.encode(), again=True)
 
         asyncio.run(commit())
         return commitment
@@ -152,6 +154,37 @@ def reasons(subnet: Subnet, record) -> dict[str, str]:
     return {names[o.hotkey]: o.reason or o.status for o in outcomes}
 
 
+def test_a_round_begins_though_the_first_endpoint_stands_still(subnet, tmp_path):
+    """Its node answers every question, and has not seen the window open."""
+    (tmp_path / "two").mkdir()
+    good, frozen = tmp_path / "two" / "good.db", tmp_path / "two" / "frozen.db"
+    ledger = Ledger.create(good, netuid=NETUID, block_seconds=0.05)
+    ledger.advance(WINDOW - 100)
+    with sqlite3.connect(good) as db:
+        db.execute("vacuum into ?", (str(frozen),))
+    db.close()
+    with sqlite3.connect(frozen) as db:
+        db.execute("update chain set value = value - 1000000 where name = 'offset'")
+    db.close()
+    ledger.advance(WINDOW)
+
+    async def story(first: str, spare: str) -> None:
+        async with Chain(NETUID, network=first, fallbacks=[spare]) as chain:
+            machine = Machine(tmp_path, tmp_path, "cpu", "float32", 1, 120, 60)
+            hub, folder = Hub(subnet.hub.endpoint), subnet.folder / "competitions"
+            store = Store(tmp_path / "two" / "store.db")
+            ports = Ports(chain, hub, store, dataset_of(hub, folder), Tokenizers(hub, tmp_path / "tokenizers"), machine)
+            assert await plan_round(ports, subnet.rules(), catch_up=2) is None
+            await asyncio.sleep(1)
+            plan = await plan_round(ports, subnet.rules(), catch_up=2)
+            assert plan is not None
+            assert plan.block == WINDOW
+
+    with LoopbackNode(frozen) as first, LoopbackNode(good) as spare:
+        asyncio.run(story(first.url, spare.url))
+    ledger.close()
+
+
 def test_one_hostile_repository_harms_nobody_else(subnet, model):
     header = b'{"x":{"dtype":[],"shape":[1],"data_offsets":[0,4]}}'
     hostile = model(seed=1)
@@ -169,7 +202,7 @@ def test_one_hostile_repository_harms_nobody_else(subnet, model):
     assert reasons(subnet, record) == {
         "honest": "evaluated", "hostile": "tensors", "escape": "bad_config", "liar": "digest", "thief": "copy",
     }  # fmt: skip
-    assert record.weights.by_hotkey == {subnet.hotkey("honest"): 1.0}
+    assert record.weights[0].by_hotkey == {subnet.hotkey("honest"): 1.0}
     assert all(m.outcome.detail.isprintable() for m in record.competitions["c00"].models)
 
 
@@ -214,7 +247,7 @@ def test_a_silent_hub_costs_a_miner_the_window_only_after_a_quarter_of_it(subnet
     subnet.ledger.advance(WINDOW // 4)
     _, record = go(subnet)
     assert reasons(subnet, record) == {"ann": "unavailable"}
-    assert record.weights.by_hotkey == {}
+    assert record.weights[0].by_hotkey == {}
     subnet.hub.start = lambda: None  # stopped for good; the fixture's exit stops it again
     subnet.hub.stop = lambda: None
 
@@ -274,13 +307,14 @@ def test_a_late_validator_that_begins_with_a_record_goes_on_like_the_one_that_wr
     text = path.read_text()
     path.write_text(text[: text.index("scoring:")] + "scoring: {rule: champion}\n" + text[text.index("pool:") :])
     holder = model(seed=1)
-    subnet.publish("holder", holder)
-    subnet.publish("other", model(seed=2))
-    subnet.publish("shadow", in_disguise(holder))
+    committed = [subnet.publish("holder", holder), subnet.publish("other", model(seed=2))]
+    committed.append(subnet.publish("shadow", in_disguise(holder)))
     subnet.next_window()
     store, first = go(subnet)
     assert reasons(subnet, first) == {"holder": "evaluated", "other": "evaluated", "shadow": "evaluated"}
     assert begin(subnet, "late", first) is True
+    known = Store(subnet.folder / "late" / "store.db").first_seen((c.hotkey, c.digest) for c in committed)
+    assert sorted(known) == sorted((c.hotkey, c.digest) for c in committed), "from the record, before the chain was asked"
     assert begin(subnet, "late", first) is False, "a restart with the same flag changes nothing"
     subnet.next_window()
     _, second = go(subnet)
@@ -288,13 +322,16 @@ def test_a_late_validator_that_begins_with_a_record_goes_on_like_the_one_that_wr
     assert of_late == second
     assert reasons(subnet, second)["shadow"] == "near_copy", "known from the first round: not measured again"
     assert late.claims() == store.claims()
+    seen = [(c.hotkey, c.digest) for c in committed]
+    assert late.first_seen(seen) == store.first_seen(seen)
+    assert len(late.first_seen(seen)) == 3
     assert (late.taken_over(), store.taken_over()) == (first.head.block, None)
     assert of_late.competitions["c00"].memory_before["holder"] is not None
 
     elsewhere = replace(first, head=replace(first.head, hash="0x" + "12" * 32))
     ahead = replace(first.competitions["c00"].window, seed=Head(first.head.block + 1000, "0x" + "12" * 32))
     later = replace(first, competitions={"c00": replace(first.competitions["c00"], window=ahead)})
-    forged = replace(first, weights=replace(first.weights, by_hotkey={subnet.hotkey("other"): 1.0}))
+    forged = replace(first, weights={0: replace(first.weights[0], by_hotkey={subnet.hotkey("other"): 1.0})})
     for wrong in (elsewhere, later, forged):
         with pytest.raises(Rejected) as refusal:
             begin(subnet, "new", wrong)
@@ -337,81 +374,49 @@ def test_what_makes_a_model_unfit_is_decided_over_the_whole_window():
     assert unfit([], 1) is None
 
 
-def empty(block: int, weights: Weights) -> RoundRecord:
-    """The record of a round without a competition."""
-    return RoundRecord(Head(block, "0x" + "0" * 64), {}, (), {}, (), None, weights, {}, {})
+def test_a_competition_with_a_mechanism_of_its_own_is_paid_by_that_alone(subnet, model):
+    """c00 and c01, each all of its mechanism: one round, two rows on chain, one record that replays."""
+    subnet.ledger.set_params(mechanisms=2)
+    rules = subnet.folder / "competitions" / "c00.yaml"
+    (rules.parent / "c01.yaml").write_text(rules.read_text() + "mechanism: 1\n")
+    subnet.publish("ann", model(seed=1))
+    subnet.publish("ben", model(seed=2), competition="c01")
+    subnet.next_window()
+    store, record = go(subnet)
+    ann, ben = subnet.hotkey("ann"), subnet.hotkey("ben")
+    assert {m: dict(w.by_hotkey) for m, w in record.weights.items()} == {0: {ann: 1.0}, 1: {ben: 1.0}}
+    assert compare(record, recompute(record)) is None
+    assert store.weights() == record.weights
 
-
-# --- publication ------------------------------------------------------------------------------------------------------
-
-
-def test_weights_are_set_once_however_often_they_are_looked_at(subnet):
-    store = Store(subnet.folder / "state" / "store.db")
-    subnet.wallet("ann")
-    weights = Weights(10, {subnet.hotkey("ann"): 1.0})
-
-    async def story() -> list[bool]:
+    async def story() -> list[dict[str, float]]:
         async with subnet.chain("validator") as chain:
-            nothing = await publish(chain, store)
-            store.open_round(10, {})
-            store.finish_round(10, empty(10, weights), weights)
-            return [nothing, await publish(chain, store), await publish(chain, store)]
+            assert all(step.settled for step in (await Publisher(chain, store).look()).values())
+            return [await chain.weights(chain.hotkey, mechid=m) for m in (0, 1)]
 
-    assert asyncio.run(story()) == [False, True, False]
-    assert [w for _, w in store.publications()] == [weights]
+    assert asyncio.run(story()) == [{ann: 1.0}, {ben: 1.0}]
 
 
 def test_weights_that_were_taken_over_with_a_record_are_not_set(subnet):
     store = Store(subnet.folder / "state" / "store.db")
     subnet.wallet("ann")
     theirs, ours = (Weights(block, {subnet.hotkey("ann"): 1.0}) for block in (10, 20))
-    store.begin(empty(10, theirs), (), {"content": (5, subnet.hotkey("ann"))})
-    assert (store.weights(), store.last_finished(), len(store.claims())) == (theirs, 10, 1)
+    store.begin(empty(10, theirs), (), {"content": (5, subnet.hotkey("ann"))}, {})
+    assert (store.weights(), store.last_finished(), len(store.claims())) == ({0: theirs}, 10, 1)
+    subnet.next_window()
 
-    async def story() -> list[bool]:
+    async def story() -> list[dict[int, Step]]:
         async with subnet.chain("validator") as chain:
-            of_theirs = await publish(chain, store)
+            of_theirs = await Publisher(chain, store).look()
             store.open_round(20, {})
-            store.finish_round(20, empty(20, ours), ours)
-            return [of_theirs, await publish(chain, store)]
+            store.finish_round(20, empty(20, ours), {0: ours})
+            return [of_theirs, await Publisher(chain, store).look()]
 
-    assert asyncio.run(story()) == [False, True]
-
-
-def test_a_set_that_landed_unseen_is_found_and_not_repeated(subnet):
-    """As after a kill between the chain's inclusion and our note of it."""
-    store = Store(subnet.folder / "state" / "store.db")
-    subnet.wallet("ann")
-    weights = Weights(subnet.ledger.head(), {subnet.hotkey("ann"): 1.0})
-    store.open_round(weights.block, {})
-    store.finish_round(weights.block, empty(weights.block, weights), weights)
-
-    async def story() -> tuple[int, int]:
-        async with subnet.chain("validator") as chain:
-            landed = await chain.set_weights(weights, version_key=100)
-            assert await publish(chain, store)
-            me = next(n for n in (await chain.metagraph()).neurons if n.hotkey == chain.hotkey)
-            return landed.block, me.last_update
-
-    landed, last_update = asyncio.run(story())
-    assert landed == last_update
-    assert [block for block, _ in store.publications()] == [landed]
+    assert asyncio.run(story()) == [{}, {0: Step.STANDS}]
 
 
-def test_an_unregistered_validator_is_told_so(subnet):
-    store = Store(subnet.folder / "state" / "store.db")
-    store.open_round(10, {})
-    weights = Weights(10, {subnet.hotkey("validator"): 1.0})
-    store.finish_round(10, empty(10, weights), weights)
-    create_wallet("stranger", "default", subnet.folder / "wallets")
-
-    async def story() -> None:
-        async with subnet.chain("stranger") as chain:
-            await publish(chain, store)
-
-    with pytest.raises(Rejected) as refused:
-        asyncio.run(story())
-    assert refused.value.reason is Reason.NOT_REGISTERED
+def empty(block: int, weights: Weights) -> RoundRecord:
+    """The record of a round without a competition."""
+    return RoundRecord(Head(block, "0x" + "0" * 64), {}, (), {}, (), {}, {0: weights}, {}, {})
 
 
 # --- submission -------------------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ import recorded
 
 from sn29 import record_files
 from sn29.errors import Reason, Rejected, Unavailable
-from sn29.records import Outcome
+from sn29.records import Outcome, Weights
 from sn29.round_record import MAX_BYTES, RoundRecord, address, canonical, decode, encode
 
 INF = math.inf
+VECTORS = Path(__file__).parent / "vectors"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,9 @@ def test_strange_floats_and_texts_survive(record: RoundRecord) -> None:
         (lambda d: d.update(extra=1), "the field extra"),
         (lambda d: d["head"].update(block="7560"), "record.head.block"),
         (lambda d: d["head"].update(block=True), "a whole number"),
-        (lambda d: d["weights"]["by_hotkey"].update(ann=1), "record.weights.by_hotkey.ann"),
+        (lambda d: d["weights"]["0"]["by_hotkey"].update(ann=1), "record.weights.0.by_hotkey.ann"),
+        (lambda d: d["weights"].update({"00": d["weights"]["0"]}), "the key '00'"),
+        (lambda d: d.update(schema=2), "record.last_weights.0"),
         (lambda d: d["competitions"]["c00"]["models"][0]["losses"].append(1.0), "41 losses"),
         (lambda d: d["competitions"]["c00"]["models"][0]["losses"].__setitem__(3, -1.0), "negative"),
         (lambda d: d["competitions"]["c00"]["models"][0]["losses"].__setitem__(3, "5"), "losses[3]"),
@@ -100,7 +103,7 @@ def test_what_is_not_a_record_is_refused_by_field(record: RoundRecord, change: o
 @pytest.mark.parametrize(
     "text",
     [
-        b"", b"null", b"[]", b"{", b'{"schema":2,"schema":2}', b'{"schema":NaN}', b'{"schema":Infinity}', b'{"schema":1e999}',
+        b"", b"null", b"[]", b"{", b'{"schema":3,"schema":3}', b'{"schema":NaN}', b'{"schema":Infinity}', b'{"schema":1e999}',
         b"\xff\xfe", b"[" * 100_000, b'{"a":' + b"9" * 10_000 + b"}",
     ],
 )  # fmt: skip
@@ -147,6 +150,24 @@ def test_what_contradicts_itself_cannot_be_made(record: RoundRecord) -> None:
         replace(kept, models=(nan,))
     with pytest.raises(ValueError, match="not JSON compliant"):
         encode(replace(record, competitions={"c00": replace(kept, memory_after={"a": math.nan})}))
+
+
+def test_a_record_of_the_schema_before_is_read_with_its_weights_for_mechanism_0() -> None:
+    """Two rounds that follow on each other, as schema 2 had them written."""
+    texts = [(VECTORS / f"round_record_schema2_{name}.json").read_bytes() for name in ("first", "second")]
+    first, second = (decode(text) for text in texts)
+    assert json.loads(texts[1])["schema"] == 2
+    assert (first.last_weights, second.last_weights) == ({}, first.weights)
+    assert first.weights == {0: Weights(7560, {"ann": 1.0})}
+    assert all(decode(encode(record)) == record for record in (first, second))
+    assert all(json.loads(encode(record))["schema"] == 3 for record in (first, second))
+    for text in texts:
+        data = json.loads(text)
+        for other in (data | {"schema": 3}, data | {"weights": {"0": data["weights"]}}, data | {"weights": None}):
+            with pytest.raises(Rejected):
+                decode(canonical(other))
+        with pytest.raises(Rejected):
+            decode(text.replace(b'"schema":2', b'"schema": 2'))
 
 
 def test_files(record: RoundRecord, tmp_path: Path) -> None:

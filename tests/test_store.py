@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from sn29.errors import Reason, Rejected
-from sn29.records import Commitment, Head, Loss, ModelId, Outcome, Weights
+from sn29.records import Commitment, Head, Identity, Loss, ModelId, Outcome, Weights
 from sn29.round_record import RoundRecord
-from sn29.store import Standing, Store
+from sn29.store import ChainSeen, Sent, Standing, Store
 
 COMMITMENT = Commitment("5Alice", 7, ModelId("alice", "model", "a" * 40), "A" * 43 + "=", "c00")
 
@@ -71,17 +71,17 @@ def test_a_round_is_open_until_its_record_is_kept(store, tmp_path):
     store.open_round(360, {"block": 360, "windows": {}})
     store.open_round(360, {"block": 360, "windows": {"changed": 1}})
     assert [(r.block, r.plan["windows"]) for r in store.open_rounds()] == [(360, {})]
-    assert store.weights() is None
+    assert store.weights() == {}
     assert store.last_finished() is None
     weights = Weights(360, {"5Alice": 1.0})
-    record = RoundRecord(Head(360, "0x" + "0" * 64), {}, (), {}, ("5Alice",), None, weights, {}, {})
-    store.finish_round(360, record, weights, [Standing("c00", "alice/model@1", "5Alice", 1.0)])
+    record = RoundRecord(Head(360, "0x" + "0" * 64), {}, (), {}, ("5Alice",), {}, {0: weights}, {}, {})
+    store.finish_round(360, record, {0: weights}, [Standing("c00", "alice/model@1", "5Alice", 1.0)])
     store.open_round(720, {"block": 720, "windows": {}})
     store = reopened(store, tmp_path)
     assert [r.block for r in store.open_rounds()] == [720]
     assert store.last_finished() == 360
-    assert store.weights() == Weights(360, {"5Alice": 1.0})
-    assert store.weights(before=360) is None
+    assert store.weights() == {0: Weights(360, {"5Alice": 1.0})}
+    assert store.weights(before=360) == {}
     assert store.rounds()[0].record == record == store.last_record(before=720)
     assert store.last_record(before=360) is None
     assert store.last_evaluated("c00") == {"alice/model@1": 360}
@@ -92,12 +92,120 @@ def test_a_round_is_open_until_its_record_is_kept(store, tmp_path):
 
 
 def test_a_store_belongs_to_one_chain(store, tmp_path):
-    store.belong_to("0xabc netuid 29")
-    store.belong_to("0xabc netuid 29")
-    with pytest.raises(Rejected) as refused:
-        reopened(store, tmp_path).belong_to("0xdef netuid 29")
-    assert "0xabc" in refused.value.got
-    assert "0xdef" in refused.value.limit
+    assert store.belong_to(Identity("0xabc", 461), 29) is None
+    assert store.belong_to(Identity("0xabc", 461), 29) is None
+    for chain, netuid in ((Identity("0xdef", 461), 29), (Identity("0xabc", 461), 30)):
+        store = reopened(store, tmp_path)
+        with pytest.raises(Rejected) as refused:
+            store.belong_to(chain, netuid)
+        assert "0xabc netuid 29" in refused.value.got
+        assert f"{chain.genesis} netuid {netuid}" in refused.value.limit
+        assert "--state.dir" in refused.value.limit
+
+
+def test_a_new_runtime_is_told_once_and_no_reason_to_stop(store, tmp_path):
+    store.belong_to(Identity("0xabc", 461), 29)
+    store = reopened(store, tmp_path)
+    assert store.belong_to(Identity("0xabc", 474), 29) == 461
+    assert store.belong_to(Identity("0xabc", 474), 29) is None
+    with pytest.raises(Rejected):
+        store.belong_to(Identity("0xdef", 500), 29)
+    assert store.belong_to(Identity("0xabc", 474), 29) is None, "what was refused left nothing behind"
+
+
+def test_whose_chain_it_is_can_be_asked_without_writing(store, tmp_path):
+    assert store.chain() is None
+    store.check_chain(Identity("0xabc", 461), 29)
+    assert store.chain() is None, "nothing was written"
+    store.belong_to(Identity("0xabc", 461), 29)
+    store.close()
+    store = Store(tmp_path / "state" / "store.db", read_only=True)
+    assert store.chain() == "0xabc netuid 29"
+    store.check_chain(Identity("0xabc", 999), 29)
+    with pytest.raises(Rejected, match="0xdef netuid 29"):
+        store.check_chain(Identity("0xdef", 461), 29)
+
+
+def test_when_the_chain_was_last_seen_survives_a_restart(store, tmp_path):
+    assert store.chain_seen() is None
+    store.keep_chain_seen(ChainSeen(7, 1.5, 12.0, 360, 0))
+    store.keep_chain_seen(ChainSeen(32, 301.5, 12.0, 360, 1))
+    assert reopened(store, tmp_path).chain_seen() == ChainSeen(32, 301.5, 12.0, 360, 1)
+
+
+def test_the_first_block_of_a_digest_stays_whatever_comes_first(store, tmp_path):
+    store.keep_first_seen({("5Bob", "one"): 20, ("5Bob", "two"): 30})
+    store.keep_first_seen({("5Bob", "one"): 25, ("5Carol", "one"): 21, ("5Bob", "two"): 7})
+    store = reopened(store, tmp_path)
+    kept = {("5Bob", "one"): 20, ("5Bob", "two"): 7, ("5Carol", "one"): 21}
+    assert store.first_seen([*kept, ("5Carol", "two"), ("5'\"Dan", "ü")]) == kept
+    assert store.first_seen([("5Bob", "two")]) == {("5Bob", "two"): 7}
+    assert store.first_seen([]) == {}
+
+
+def test_what_is_sent_is_kept_until_it_stands(store, tmp_path):
+    one, two = Weights(360, {"5Alice": 1.0}), Weights(720, {"5Alice": 0.5, "5Bob": 0.5})
+    store.keep_sent(0, Sent(370, one))
+    store.keep_sent(1, Sent(370, two))
+    store = reopened(store, tmp_path)
+    assert store.sent() == (Sent(370, one),)
+    store.keep_sent(0, Sent(370, one, 372, 1080, ("ab", "cd")))
+    assert store.sent()[0].digests == ("ab", "cd")
+    store.keep_sent(0, Sent(730, two, 733, 1440))
+    store.keep_sent(0, Sent(1100, two))
+    assert [sent.block for sent in store.sent()] == [372, 733, None]
+    store.keep_publication(733, two, 0, store.sent()[1])
+    assert [sent.since for sent in store.sent()] == [1100], "what stands has overtaken what was sent before it"
+    store.keep_sent(0, Sent(1110, one), instead_of=store.sent()[0])
+    assert [sent.since for sent in store.sent()] == [1110]
+    store.forget_sent(0, store.sent()[0])
+    assert store.sent() == ()
+    assert store.sent(1) == (Sent(370, two),)
+    assert (store.publications(), store.publications(1)) == (((733, two),), ())
+
+
+SCHEMA_2 = """
+create table meta(key text primary key, value text not null) strict;
+create table claim(key text primary key, block integer not null, hotkey text not null) strict;
+create table verdict(
+  hotkey text, block integer, data blob, rules text, outcome text not null,
+  primary key (hotkey, block, data, rules)) strict;
+create table failure(hotkey text, block integer, data blob, count integer not null,
+  primary key (hotkey, block, data)) strict;
+create table loss(
+  content_id text, tokenizer_id text, profile text, sample text,
+  nats real not null, tokens integer not null, reason text not null,
+  primary key (content_id, tokenizer_id, profile, sample)) strict, without rowid;
+create table round(block integer primary key, plan text not null, record text, weights text) strict;
+create table standing(round integer, competition text, model text, hotkey text not null, weight real not null,
+  primary key (round, competition, model)) strict;
+create table publication(block integer primary key, round integer not null, weights text not null) strict;
+insert into meta values ('schema', '2'), ('chain', '0xabc netuid 29');
+insert into claim values ('content', 20, '5Bob');
+insert into publication values (7561, 7560, '{"ann": 1.0}');
+insert into round values (7920, '{"block": 7920}', null, null);
+"""
+
+
+def test_a_store_of_the_schema_before_is_brought_up_to_date(tmp_path):
+    """A round's record of then is read too, and decides the same."""
+    path = tmp_path / "store.db"
+    text = (Path(__file__).parent / "vectors" / "round_record_schema2_first.json").read_text()
+    with sqlite3.connect(path) as db:
+        db.executescript(SCHEMA_2)
+        db.execute("insert into round values (7560, '{}', ?, '{\"ann\": 0.1, \"bob\": 0.9}')", (text,))
+    db.close()
+    with pytest.raises(Rejected, match="start the validator once"):
+        Store(path, read_only=True)
+    for store in (Store(path), Store(path)):
+        assert store.belong_to(Identity("0xabc", 474), 29) is None
+        assert store.claims() == {"content": (20, "5Bob")}
+        assert store.publications() == ((7561, Weights(7560, {"ann": 1.0})),)
+        assert store.weights() == {0: Weights(7560, {"ann": 0.1, "bob": 0.9})}
+        assert [r.block for r in store.open_rounds()] == [7920]
+        assert store.rounds()[0].record.weights == {0: Weights(7560, {"ann": 1.0})}
+        assert store.first_decided() == 7560
+        store.close()
 
 
 def test_a_file_of_another_schema_is_refused_and_left_alone(store, tmp_path):

@@ -14,12 +14,13 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -130,6 +131,8 @@ def run(settings: DemoSettings) -> Ended:
         stage.chapter("Chain and Hub", f"in {folder}")
         localnet = prepare(folder / "localnet", texts, block_seconds=settings.block_seconds, say=stage.say)
         stage.start("localnet", "-m", "sn29.cli", "localnet", "up", "--localnet.dir", str(localnet.folder))
+        if settings.node:
+            stage.start_node(shlex.split(settings.node), localnet)
         crew = miners(texts, folder, settings.steps)
         stage.register(localnet, crew)
         stage.chapter("Miners", "each is a process with a key and a repository of its own; two at a time")
@@ -215,6 +218,7 @@ class Stage:
     def __init__(self, folder: Path, console: Console) -> None:
         self.folder, self.console = folder, console
         self.wallets = folder / "wallets"
+        self.network = "localnet"
         self.running: list[Running] = []
         self.validator: Running | None = None
         self.validator_hotkey = ""
@@ -245,6 +249,20 @@ class Stage:
         self.running.append(one)
         return one
 
+    def start_node(self, command: Sequence[str], localnet: Localnet) -> None:
+        """A node in front of the chain's file, which everybody talks to from now on. Raises Unavailable if it does not start."""
+        errors = self.folder / "node.err"
+        with errors.open("wb") as stream:
+            process = subprocess.Popen(
+                [*command, str(localnet.chain)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream
+            )
+        self.running.append(Running("node", process, self.folder / "logs" / "node.jsonl", errors))
+        assert process.stdout is not None
+        self.network = process.stdout.readline().decode().strip()
+        if not self.network.startswith("ws://"):
+            raise Unavailable("node", f"`{shlex.join(command)}` printed no ws:// address; see {errors}")
+        self.say(f"a node as a process of its own: {self.network}")
+
     def stop_all(self) -> None:
         """Ends what still runs, gently first."""
         for one in self.running:
@@ -267,8 +285,9 @@ class Stage:
     def common_flags(self, localnet: Localnet, wallet: str) -> tuple[str, ...]:
         return (
             "--wallet.name", wallet, "--wallet.hotkey", "default", "--wallet.path", str(self.wallets),
-            "--netuid", str(NETUID), "--subtensor.network", "localnet", "--localnet.dir", str(localnet.folder),
-            "--hub.endpoint", localnet.endpoint, "--competitions.dir", str(localnet.competitions),
+            "--netuid", str(NETUID), "--subtensor.network", self.network, "--localnet.dir", str(localnet.folder),
+            "--locks.dir", str(self.folder / "locks"), "--hub.endpoint", localnet.endpoint,
+            "--competitions.dir", str(localnet.competitions),
         )  # fmt: skip
 
     # miners

@@ -42,6 +42,7 @@ _HOW_TO_READ = (
 _ADVICE = {
     "unavailable": "nothing to do while it is asked for again in the next round; see that the repository can be reached",
     "waiting": "nothing to do: those that were never evaluated have their turn first, oldest commitment first",
+    "sealed": "run `sn29 miner` again: the seal stands, the commitment that says where the model is does not",
     "near_copy": "a model that differs from everybody's earlier ones",
     "out_of_reach": "a better model under another hotkey, or time: `sn29 explain HOTKEY` says which improvement would win",
 }
@@ -84,8 +85,16 @@ def shown(record: RoundRecord) -> Record:
         "rules": {name: kept.file_sha256 for name, kept in record.competitions.items()},
         "no_competition": [asdict(outcome) for outcome in record.no_competition],
         "competitions": {name: _shown_competition(name, kept) for name, kept in record.competitions.items()},
-        "weights": dict(record.weights.by_hotkey),
+        "weights": _shown_weights(record),
     }
+
+
+def _shown_weights(record: RoundRecord) -> dict[str, float]:
+    """Hotkey -> share of the subnet's emission, if the mechanisms of the round share it evenly, as is the chain's rule
+    unless a subnet's owner splits it otherwise."""
+    decided = [one.by_hotkey for one in record.weights.values() if one.by_hotkey]
+    hotkeys = sorted({hotkey for row in decided for hotkey in row})
+    return {hotkey: math.fsum(row.get(hotkey, 0.0) for row in decided) / len(decided) for hotkey in hotkeys}
 
 
 def _shown_competition(name: str, kept: CompetitionRecord) -> Record:

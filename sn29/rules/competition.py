@@ -38,8 +38,10 @@ from sn29.rules.scoring_fields import Scoring as Scoring
 from sn29.rules.yaml_text import load
 
 SHARE_TOLERANCE = 1e-9
-"""By how much the reward shares of all competitions together may miss 1: room for float addition, not for a typing
-error."""
+"""By how much the reward shares of a mechanism's competitions together may miss 1: room for float addition, not for a
+typing error."""
+MAX_MECHANISM = 15
+"""The chain numbers a subnet's mechanisms within 16 bits that it shares with 4,096 subnets."""
 
 SCHEDULE_FIELDS = ("clock", "changes", "overrides")
 """Fields of a file that say when its rules change and for whom: `rules.schedule` reads them."""
@@ -166,7 +168,7 @@ class Competition(Section):
     name: Words
     """The file's name without `.yaml`, as commitments spell it. Not a field of the file."""
     reward_share: Annotated[Number, Field(ge=0, le=1)]
-    """Share of the subnet's reward. The shares of all competitions in force sum to 1."""
+    """Share of the reward of its mechanism. The shares of all competitions in force there sum to 1."""
     families: tuple[Literal["LlamaForCausalLM", "PhiForCausalLM", "Phi3ForCausalLM"], ...]
     """Exact names of the transformers classes that a model's config.json may name."""
     tokenizer: Annotated[
@@ -187,6 +189,10 @@ class Competition(Section):
     last weights (hold), or goes to `burn_hotkey` (burn)."""
     burn_hotkey: Hotkey | None = None
     """Who gets the share with `when_empty: burn`: the subnet owner's hotkey, whose emission the chain burns."""
+    mechanism: Annotated[WholeNumber, Field(ge=0, le=MAX_MECHANISM)] = 0
+    """Number of the subnet's mechanism that the competition is paid by. Each mechanism has weights of its own on chain,
+    and its part of the subnet's emission is the subnet owner's to set; a subnet has mechanism 0 alone unless the owner
+    made more."""
 
     @model_validator(mode="before")
     @classmethod
@@ -377,7 +383,10 @@ def check_together(competitions: Sequence[Competition]) -> None:
     names = [c.name for c in competitions]
     if len(set(names)) != len(names):
         raise Rejected(Reason.COMPETITION_FILE, ", ".join(sorted(names)), "every name once", "competitions")
-    total = math.fsum(c.reward_share for c in competitions)
-    if abs(total - 1) > SHARE_TOLERANCE:
-        shares = " + ".join(f"{c.reward_share:g} ({c.name})" for c in sorted(competitions, key=lambda c: c.name))
-        raise Rejected(Reason.COMPETITION_FILE, f"{shares} = {total:.12g}", "1", "competitions: reward_share")
+    for mechanism in sorted({c.mechanism for c in competitions}):
+        paid = sorted((c for c in competitions if c.mechanism == mechanism), key=lambda c: c.name)
+        total = math.fsum(c.reward_share for c in paid)
+        if abs(total - 1) > SHARE_TOLERANCE:
+            shares = " + ".join(f"{c.reward_share:g} ({c.name})" for c in paid)
+            where = f"competitions: reward_share{f' of mechanism {mechanism}' if mechanism else ''}"
+            raise Rejected(Reason.COMPETITION_FILE, f"{shares} = {total:.12g}", "1", where)

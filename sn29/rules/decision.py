@@ -42,7 +42,8 @@ class Decision:
 
     scored: Mapping[str, Scored]
     """Scores, memory and duels, by competition."""
-    weights: Weights
+    weights: Mapping[int, Weights]
+    """By mechanism, sorted: those that a competition of the round is paid by."""
 
 
 def group_seed(window: Window) -> bytes:
@@ -60,26 +61,32 @@ def score_contest(contest: Contest, block: int | None = None) -> Scored:
 def decide(
     contests: Mapping[str, Contest],
     hall_of_fame: HallOfFame,
-    last: Weights | None,
+    last: Mapping[int, Weights],
     block: int,
     registered: Collection[str],
 ) -> Decision:
-    """Scores of every competition, and the weights of the round of `block`.
+    """Scores of every competition, and the weights of the round of `block`, each mechanism's by themselves.
 
-    `last` is what the round before decided (None in the first one), `registered` are the subnet's hotkeys at `block`.
-    Does not depend on the order of a mapping. The weights belong to `block` also when the last ones are kept.
+    `last` is what the round before decided, by mechanism (empty in the first one); `registered` are the subnet's hotkeys
+    at `block`. The hall of fame is paid by every mechanism alike, so that it gets its share of the subnet's emission
+    however that is split between them. Does not depend on the order of a mapping. The weights belong to `block` also
+    when the last ones are kept.
     """
     scored = {name: score_contest(contests[name]) for name in sorted(contests)}
-    weights = combine(
-        {name: contest.competition.reward_share for name, contest in contests.items()},
-        {name: each.scores for name, each in scored.items()},
-        hall_of_fame,
-        last,
-        block,
-        registered,
-        when_empty={name: _on_empty(contest) for name, contest in contests.items()},
-    )
-    return Decision(scored, replace(weights, block=block))
+    weights = {}
+    for mechanism in sorted({contest.competition.mechanism for contest in contests.values()}):
+        paid = {name: contest for name, contest in contests.items() if contest.competition.mechanism == mechanism}
+        combined = combine(
+            {name: contest.competition.reward_share for name, contest in paid.items()},
+            {name: scored[name].scores for name in paid},
+            hall_of_fame,
+            last.get(mechanism),
+            block,
+            registered,
+            when_empty={name: _on_empty(contest) for name, contest in paid.items()},
+        )
+        weights[mechanism] = replace(combined, block=block)
+    return Decision(scored, weights)
 
 
 def _on_empty(contest: Contest) -> WhenEmpty:

@@ -1,8 +1,9 @@
 """Which commitments are looked at, which of them are copies, and which models are evaluated in this round.
 
-Four questions, in the order in which their answers become known:
+Five questions, in the order in which their answers become known:
 
     next_round     from the chain's height: which block's round is due?
+    claimed_since  from the chain now and earlier: since when does a commitment claim its model?
     select         from the chain alone: is its competition in force, is its model known to belong to somebody else?
     first_claims   from Hub metadata: who committed this content first?
     choose         who gets one of the places under evaluation?
@@ -59,6 +60,12 @@ class Inspected:
     content_id: str
     weight_oids: tuple[str, ...] = ()
     """`RepoFile.oid` of the repository's *.safetensors files."""
+    since: int | None = None
+    """What `claimed_since` says; None: the commitment's own block."""
+
+    @property
+    def claim(self) -> Claim:
+        return Claim(self.commitment.block if self.since is None else self.since, self.commitment.hotkey)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +105,35 @@ def next_round(lengths: Mapping[str, int], finalized: int, last: int | None, cat
     return due[0] if due else None
 
 
-def select(commitments: Iterable[Commitment], competitions: Collection[str], known: Mapping[str, Claim]) -> Selection:
-    """Sort out what the chain alone can tell. `known` holds earlier claims by model id (other keys do no harm)."""
+def claimed_since(commitment: Commitment, first_seen: int, window_blocks: int) -> int:
+    """The block from which a commitment claims its model.
+
+    first_seen: block of the earliest commitment of this hotkey with this digest that we ever saw, sealed or not (its
+    own block if there was none). A digest is made of all files and the hotkey, so whoever wrote it had the files then.
+    It counts if the commitment that brings the files came within one window after it: a model that is held back longer
+    shall not be older than those that were shown meanwhile.
+    """
+    return first_seen if commitment.block - window_blocks <= first_seen <= commitment.block else commitment.block
+
+
+def select(
+    commitments: Iterable[Commitment],
+    competitions: Collection[str],
+    known: Mapping[str, Claim],
+    since: Mapping[Commitment, int] | None = None,
+) -> Selection:
+    """Sort out what the chain alone can tell. `known` holds earlier claims by model id (other keys do no harm).
+
+    since: what `claimed_since` says of a commitment, where it is not the commitment's own block.
+    """
     by_competition: dict[str, list[Commitment]] = {name: [] for name in sorted(competitions)}
     refused = []
     for commitment in _oldest_first(commitments):
-        owner = known.get(str(commitment.model))
+        owner, mine = known.get(str(commitment.model)), Claim((since or {}).get(commitment, commitment.block), commitment.hotkey)
         if commitment.competition not in by_competition:
             in_force = ", ".join(by_competition) or "none in force"
             refused.append(_refusal(Reason.UNKNOWN_COMPETITION, commitment, commitment.competition, in_force))
-        elif owner is not None and _belongs_to_another(owner, commitment):
+        elif owner is not None and _belongs_to_another(owner, mine):
             refused.append(_refusal(Reason.COPY, commitment, str(commitment.model), f"first committed by {owner}"))
         else:
             by_competition[commitment.competition].append(commitment)
@@ -115,22 +141,21 @@ def select(commitments: Iterable[Commitment], competitions: Collection[str], kno
 
 
 def first_claims(inspected: Iterable[Inspected], known: Mapping[str, Claim]) -> FirstClaims:
-    """Give every content, and every single weight file, to whoever committed it first; refuse the others as copies.
+    """Give every content, and every single weight file, to whoever claimed it first; refuse the others as copies.
 
     Of one block the smaller hotkey is first. A miner who commits the same content again keeps the first claim to it.
     What a refused copy brings besides the copied file is not claimed by it. `known` is `claims` of the rounds before.
     """
     claims = dict(known)
     owners, refused = [], []
-    for found in sorted(inspected, key=lambda i: (i.commitment.block, i.commitment.hotkey)):
-        commitment = found.commitment
+    for found in sorted(inspected, key=lambda i: i.claim):
+        commitment, mine = found.commitment, found.claim
         keys = (str(commitment.model), found.content_id, *found.weight_oids)
-        taken = next((key for key in keys if key in claims and _belongs_to_another(claims[key], commitment)), None)
+        taken = next((key for key in keys if key in claims and _belongs_to_another(claims[key], mine)), None)
         if taken is not None:
             refused.append(_refusal(Reason.COPY, commitment, taken, f"first committed by {claims[taken]}"))
             continue
         owners.append(commitment)
-        mine = Claim(commitment.block, commitment.hotkey)
         claims.update({key: min(mine, claims.get(key, mine)) for key in keys})
     return FirstClaims(tuple(owners), tuple(refused), claims)
 
@@ -202,8 +227,8 @@ def out_of_reach(duels: Iterable[Duel], entries: Mapping[str, Entry], needed: Ma
     )
 
 
-def _belongs_to_another(owner: Claim, commitment: Commitment) -> bool:
-    return owner.hotkey != commitment.hotkey and owner < Claim(commitment.block, commitment.hotkey)
+def _belongs_to_another(owner: Claim, claim: Claim) -> bool:
+    return owner.hotkey != claim.hotkey and owner < claim
 
 
 def _oldest_first(commitments: Iterable[Commitment]) -> list[Commitment]:

@@ -1,4 +1,4 @@
-"""From the scores of all competitions to the weights that a validator sets on chain."""
+"""From the scores of a mechanism's competitions to the weights that a validator sets on chain for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def combine(
 ) -> Weights:
     """The weights after a round at `block`: `keep` of the last ones and the rest from this round.
 
-    `shares` is each competition's share of the reward, `scores` its result. A hotkey earns in every competition that
+    `shares` is each competition's share of the mechanism's reward, `scores` its result. A hotkey earns in every competition that
     it scores in. Only `registered` hotkeys (the metagraph's at `block`) get weight; what others had is spread by
     normalisation. What becomes of the share of a competition without a winner says `when_empty`, by competition:
 

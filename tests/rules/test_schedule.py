@@ -175,6 +175,25 @@ def test_the_shares_of_all_files_must_sum_to_one_at_every_block():
     )
 
 
+def test_the_shares_of_each_mechanism_must_sum_to_one_at_every_block():
+    def file(name: str, share: str, mechanism: int, then: str = "") -> CompetitionFile:
+        text = VALID.replace("reward_share: 1", f"reward_share: {share}") + f"mechanism: {mechanism}\n{then}"
+        return parse_file(name, text)
+
+    check_files([file("c00", "0.4", 0), file("c01", "0.6", 0), file("c02", "1", 1)])
+    failure = refusal_of(check_files, [file("c00", "0.5", 0), file("c01", "0.5", 1)])
+    assert (failure.got, failure.where) == ("0.5 (c00) = 0.5", "competitions: reward_share")
+    failure = refusal_of(check_files, [file("c00", "1", 0), file("c01", "0.5", 1)])
+    assert (failure.got, failure.where) == ("0.5 (c01) = 0.5", "competitions: reward_share of mechanism 1")
+    moves = file("c01", "0.5", 0, "changes: [{at: 100, set: {mechanism: 1, reward_share: 1}}]\n")
+    failure = refusal_of(check_files, [file("c00", "0.5", 0), moves])
+    assert failure.got == "0.5 (c00) = 0.5"
+    assert "from block 100 on" in failure.where
+    grows = file("c00", "0.5", 0, "changes: [{at: 100, set: {reward_share: 1}}]\n")
+    check_files([grows, moves])
+    assert in_force(moves, 99).mechanism == 0 < in_force(moves, 100).mechanism == 1
+
+
 # ---- grace -----------------------------------------------------------------------------------------------------------
 
 SHRINKS = changed("{at: 1000, set: {limits.parameters: 5e9}}", more="grace_blocks: 300\n")

@@ -13,6 +13,7 @@ from sn29.rules.selection import (
     Claim,
     Inspected,
     choose,
+    claimed_since,
     first_claims,
     large_validators,
     next_round,
@@ -117,6 +118,37 @@ def test_the_name_of_somebody_elses_repository_claims_nothing():
 def test_nothing_to_select():
     assert select([], [], {}).by_competition == {}
     assert select([commitment("a", 1)], [], {}).refused[0].failure.limit == "none in force"
+
+
+# ---- claimed_since ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("block", "first_seen", "since"),
+    [
+        (500, 500, 500),  # nothing was seen before
+        (500, 480, 480),  # its own seal
+        (500, 140, 140),  # just within one window
+        (500, 139, 500),  # held back for longer
+        (500, 510, 500),  # seen later only: the commitment itself is older
+    ],
+)
+def test_an_earlier_commitment_of_the_same_digest_counts_for_one_window(block, first_seen, since):
+    assert claimed_since(commitment("a", block), first_seen, 360) == since
+
+
+def test_a_seal_is_older_than_a_copy_that_came_before_its_commitment():
+    """Also where the copy was looked at first, and where it names the very repository that it copies."""
+    original, copy = inspected("z", 30, "content", "weights", repo="r"), inspected("b", 20, "content", "weights", repo="r")
+    known = first_claims([copy], {}).claims
+    sealed = Inspected(original.commitment, "content", ("weights",), since=10)
+    for given in ([sealed, copy], [copy, sealed]):
+        found = first_claims(given, known)
+        assert hotkeys(found.owners) == ["z"]
+        assert [r.failure.reason for r in found.refused] == [Reason.COPY]
+        assert found.claims["content"] == Claim(10, "z")
+    assert hotkeys(select([original.commitment], {"c00"}, known, {original.commitment: 10}).by_competition["c00"]) == ["z"]
+    assert select([original.commitment], {"c00"}, known).refused[0].failure.reason is Reason.COPY
 
 
 # ---- first_claims ----------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ async def run(settings: ValidatorSettings) -> None:
     from sn29.store import Store
 
     RulesReader(settings)  # what is wrong with a file is said before anything is opened
-    hub = Hub(settings.hub_endpoint)
+    hub = Hub(settings.hub_endpoint, say=telemetry.warn)
     store = Store(settings.state_dir / "store.db")
     lock = alone(settings.state_dir)
     machine = Machine(
@@ -59,6 +59,7 @@ async def run(settings: ValidatorSettings) -> None:
         threads=settings.threads,
         evaluation_deadline_s=settings.evaluation_deadline_s,
         download_deadline_s=settings.download_deadline_s,
+        models_bytes=int(settings.models_gb * 1e9) or None,
     )
     await self_test(device=settings.device, dtype=settings.dtype, threads=settings.threads)
     chain = open_chain(settings)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from sn29 import __version__
 from sn29.errors import Reason, Rejected, Sn29Error
@@ -24,7 +21,8 @@ sn29 {__version__}: node software of Bittensor subnet 29
   sn29 miner                       train a model, check it as a validator would, publish it, commit to it
   sn29 doctor [validator|miner]    is all there that it needs? a line for each check; exit 0 or 1, with what to do
   sn29 config [PROGRAM] [FLAGS]    every setting of a program, its value, and where the value comes from
-  sn29 check MODEL_DIR             would a validator accept this model? exit 0 or 1, with the reason
+  sn29 check MODEL                 would a validator accept this folder, or this REPO@REVISION? exit 0 or 1, with all reasons
+  sn29 reasons                     every reason for which a model or a setting can be refused, and what to do
   sn29 competitions check [DIR]    are these competition files valid? exit 0 or 1, with file, field and both values
   sn29 competitions show [DIR]     the rules in force at a block or a time, and what comes next
   sn29 competitions diff OLD NEW   every field that two files or folders set differently, and from which block on
@@ -161,71 +159,6 @@ def _competitions_check(words: list[str]) -> int:
     return 0
 
 
-def _check(words: list[str]) -> int:
-    from sn29.settings import CheckSettings, read
-
-    settings = read(CheckSettings, words)
-    from neurons.adapters import Tokenizers, read_competitions
-    from sn29.rules.competition import FixedTokenizer
-    from sn29.rules.schedule import in_force, parse_file
-
-    named = Path(settings.competition)
-    if named.suffix == ".yaml":
-        if not named.is_file():
-            raise Rejected(Reason.SETTING, named, "a competition file that exists", "--competition")
-        competition = in_force(parse_file(named.stem, named.read_text(encoding="utf-8")), settings.at)
-    else:
-        from neurons.miner import chosen
-
-        competition = chosen(read_competitions(settings.competitions_dir, settings.at)[0], settings.competition)
-    from sn29.hub import Hub
-    from sn29.models import checkpoint
-    from sn29.models.tokenizer import Tokenizer
-    from sn29.settings import default_cache
-    from sn29.submission import Checked, FixedText, check, inspect
-
-    fixed = None
-    if isinstance(competition.tokenizer, FixedTokenizer):
-        if settings.tokenizer is not None:
-            tokenizer = Tokenizer.load(settings.tokenizer)
-            if competition.tokenizer.fingerprint not in (None, tokenizer.fingerprint()):
-                raise Rejected(
-                    Reason.TOKENIZER,
-                    tokenizer.fingerprint(),
-                    competition.tokenizer.fingerprint,
-                    str(settings.tokenizer),
-                )
-            fixed = FixedText(settings.tokenizer, tokenizer.largest_id())
-        else:
-            fixed = FixedText(*Tokenizers(Hub(settings.hub_endpoint), default_cache() / "tokenizers")(competition.tokenizer))
-    if settings.metadata_only:
-        folder = settings.model_dir
-        checked: Checked = inspect(checkpoint.local_listing(folder), checkpoint.local_reader(folder), competition, fixed)
-    else:
-        checked = asyncio.run(check(settings.model_dir, competition, fixed, threads=2, deadline_s=3600))
-    _say_checked(checked, competition.name, as_json=settings.json_output)
-    return 1 if checked.refusals else 0
-
-
-def _say_checked(checked: Any, competition: str, *, as_json: bool) -> None:
-    if as_json:
-        refusals = [
-            {"reason": r.reason.code, "sentence": r.reason.sentence, "advice": r.reason.advice, "got": r.got, "limit": r.limit}
-            for r in checked.refusals
-        ]
-        facts = asdict(checked.facts) if checked.facts else None
-        print(json.dumps({"competition": competition, "allowed": not refusals, "refusals": refusals, "facts": facts}, indent=2))
-        return
-    if checked.facts:
-        f = checked.facts
-        print(f"{f.family}, {f.num_parameters:,} parameters, vocabulary {f.vocab_size:,}, {f.num_bytes:,} bytes")
-        print(f"content {f.content_id}")
-    for refusal in checked.refusals:
-        print(f"refused for {competition}: {refusal}\n  what to do: {refusal.reason.advice}")
-    if not checked.refusals:
-        print(f"allowed for {competition}")
-
-
 def _localnet_up(words: list[str]) -> int:
     from sn29.settings import LocalnetSettings, default_cache, read
 
@@ -298,6 +231,18 @@ def _simulate_incentive(words: list[str]) -> int:
     return 0 if all(goal.met for goal in result.goals) else 1
 
 
+def _of_checks(name: str) -> Callable[[list[str]], int]:
+    """A command that says whether a model would be accepted."""
+
+    def run(words: list[str]) -> int:
+        from sn29 import check_command
+
+        command: Callable[[list[str]], int] = getattr(check_command, name)
+        return command(words)
+
+    return run
+
+
 def _of_records(name: str) -> Callable[[list[str]], int]:
     """A command that reads round records."""
 
@@ -328,7 +273,8 @@ _COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int]] = {
     ("miner",): _miner,
     ("doctor",): _doctor,
     ("config",): _config,
-    ("check",): _check,
+    ("check",): _of_checks("check"),
+    ("reasons",): _of_checks("reasons"),
     ("competitions", "check"): _competitions_check,
     ("competitions", "show"): _of_competitions("show"),
     ("competitions", "diff"): _of_competitions("diff"),

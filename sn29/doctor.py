@@ -313,6 +313,19 @@ async def device(facts: Facts) -> str:
     return f"{said}, rule {_gib(need)}"
 
 
+async def confinement(facts: Facts) -> str:
+    """What a stranger's model must not be able to do is tried in a confined process."""
+    from sn29.evaluation.confinement import describe
+
+    found = await _beside(describe)
+    open_ = [f"{one.what} ({one.how})" for one in found if not one.holds]
+    if open_:
+        raise _Bad(
+            f"not kept from strangers' models: {'; '.join(open_)}", "use Linux 5.13 or newer, as root or with user namespaces"
+        )
+    return f"strangers' models are kept from {', '.join(one.what for one in found)}"
+
+
 def _bytes_of(dtype: str) -> int:
     return 2 if dtype == "bfloat16" else 4
 
@@ -664,6 +677,7 @@ def _checks(settings: DoctorOfValidator | DoctorOfMiner) -> tuple[_Check, ...]:
     return (
         *both,
         ("device", device, gpu),
+        ("confinement", confinement, "look at what the trial process said"),
         ("permit", permit, node),
         ("stake", stake, node),
         ("store", store, store_advice),

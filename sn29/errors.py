@@ -11,7 +11,11 @@ from enum import Enum
 
 
 class Reason(Enum):
-    """Why something was refused: the closed list. `value` is (sentence, what its owner can do)."""
+    """Why something was refused: the closed list. `value` is (sentence, what its owner can do).
+
+    The members down to DEADLINE are what a miner can be told of a model, in the order in which a validator comes to
+    them; the others are of the node's own files and keys.
+    """
 
     MALFORMED_COMMITMENT = (
         "the string on chain is not namespace:name:revision:digest:competition",
@@ -36,11 +40,11 @@ class Reason(Enum):
         "commit with `sn29 miner`, which computes it for your hotkey",
     )
     FORBIDDEN_FILE = (
-        "the repository holds a file that no model needs",
-        "keep to *.safetensors, config.json, generation_config.json, tokenizer files and README.md",
+        "the repository holds a file that no model needs, or two sets of weights",
+        "keep to one set of *.safetensors, config.json, generation_config.json, tokenizer files and README.md",
     )
     MISSING_FILE = ("a file that every model needs is missing", "add it and commit again")
-    TOO_LARGE = ("the repository is larger than the competition allows", "publish a smaller checkpoint")
+    TOO_LARGE = ("the repository, or one of its files, is larger than allowed", "publish a smaller checkpoint")
     BAD_CONFIG = ("config.json is not usable", "write it with save_pretrained of the pinned transformers")
     FAMILY = ("the model's class is not one of the competition's", "train a model of an allowed class")
     PARAMETERS = ("the number of parameters is outside the competition's limits", "shrink or grow the model")
@@ -57,8 +61,16 @@ class Reason(Enum):
         "the tokenizer does not give back the text that it was given",
         "use a lossless (byte-level or byte-fallback) tokenizer",
     )
-    NOT_FINITE = ("the model's weights or losses are not finite numbers", "check the training run for divergence")
     CORRUPT = ("a file is not what the Hub said it is", "upload the file again and commit again")
+    NOT_FINITE = ("the model's weights or losses are not finite numbers", "check the training run for divergence")
+    NOT_CAUSAL = (
+        "what the model says of a token depends on tokens that come after it",
+        "train a causal model: it is scored on text that it has not read yet",
+    )
+    NOT_DETERMINISTIC = (
+        "the model does not give the same numbers twice for the same text",
+        "publish the weights as save_pretrained writes them, and run `sn29 check` on them",
+    )
     CRASHED = ("the evaluation of the model ended without a result, twice", "run `sn29 check` on the model")
     DEADLINE = ("the evaluation of the model did not end in time, twice", "publish a faster model")
     DATASET = (
@@ -98,6 +110,12 @@ class Reason(Enum):
     @property
     def advice(self) -> str:
         return self.value[1]
+
+
+def reasons_table() -> str:
+    """The closed list in Markdown, for the README and `sn29 reasons`; both values stand in each refusal itself."""
+    rows = (f"| `{reason.code}` | {reason.sentence} | {reason.advice} |" for reason in Reason)
+    return "\n".join(["| reason | what it says | what to do |", "|---|---|---|", *rows])
 
 
 def shown(value: object, longest: int = 300) -> str:

@@ -1,20 +1,26 @@
 """The Hub: the one adapter, and the only importer, of huggingface_hub. The same for the public Hub and a loopback one.
 
 Strangers' repositories are read without a token, so that every validator sees the same; a token serves its owner's
-own repositories only. Every request has a timeout (the library's calls come without) and every body that is read into
-memory has a limit. What comes out is `Unavailable` when the Hub did not answer and `Rejected` when it did and said no.
+own repositories only, and never leaves the endpoint: a redirect is followed by hand, to places that a Hub keeps files
+in. Every request has a timeout (the library's calls come without) and every body that is read into memory has a limit.
+What comes out is `Unavailable` when the Hub did not answer and `Rejected` when it did and said no. A Hub that asks for
+a pause gets it from every call, and without another request.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import ipaddress
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, cast
 from urllib.parse import quote
@@ -22,26 +28,11 @@ from urllib.parse import quote
 import httpx2
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_url
-from huggingface_hub.errors import (
-    DisabledRepoError,
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import (
-    build_hf_headers,
-    disable_progress_bars,
-    get_session,
-    hf_raise_for_status,
-    parse_ratelimit_headers,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, parse_ratelimit_headers
 from huggingface_hub.utils._http import default_client_factory
 
-from sn29.errors import Reason, Rejected, Unavailable
+from sn29.errors import Reason, Rejected, Unavailable, shown
 from sn29.records import ModelId, RepoFile, RepoListing
 
 Kind = Literal["model", "dataset"]
@@ -51,9 +42,18 @@ LIBRARY_TIMEOUT_S = 60.0
 """For the library's own requests (they write): longest silence in one of them. A commit may take many seconds."""
 _LONGEST_WAIT_S = 10.0
 """A pause that the Hub asks for and that is longer than this is the caller's to decide on."""
+_LONGEST_HOLD_S = 3600.0
+"""The public Hub counts requests by windows of 5 minutes; a longer pause than this is not a limit but a mistake."""
 _SLOWEST_BYTES_PER_S = 50_000
 _PAGE_BYTES = 16 << 20
+_MODEL_PAGE_BYTES = 128 << 10
+"""Of a stranger's listing. A row has some 350 bytes and a path: 64 files with long names have 30 kB."""
 _DATASET_PAGES = 100
+_REDIRECTS = 5
+_SHORT_BYTES = 16 << 10
+"""A body that nobody needs is read to its end up to here, so that its connection can serve the next request."""
+_STORES = ("huggingface.co", "hf.co")
+"""Where the public Hub keeps files: these hosts and those below them."""
 _BLOCK = 64 << 10
 """Smallest span that an opened file asks for; pyarrow reads this much of a footer first."""
 _OID = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
@@ -85,16 +85,38 @@ disable_progress_bars()
 huggingface_hub.set_client_factory(_client)
 
 
+Say = Callable[[str, str], None]
+"""say(event, sentence): told what went wrong and is being dealt with. `telemetry.warn` is one."""
+
+
+def silent(event: str, sentence: str) -> None:
+    """Says nothing."""
+
+
 class Hub:
     """One Hub, seen by one user or by nobody in particular."""
 
     def __init__(
-        self, endpoint: str | None = None, token: str | None = None, *, timeout_s: float = 20.0, attempts: int = 4
+        self,
+        endpoint: str | None = None,
+        token: str | None = None,
+        *,
+        timeout_s: float = 20.0,
+        attempts: int = 4,
+        pause_s: float = 0.5,
+        say: Say = silent,
     ) -> None:
-        """`endpoint` None is the public Hub. `timeout_s` is the longest silence in a read; `attempts` counts tries."""
+        """`endpoint` None is the public Hub. `timeout_s` is the longest silence in a read; `attempts` counts tries, with
+        `pause_s` between the first two and twice that each time after, unless the Hub asks for another."""
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        self._token, self._timeout_s, self._attempts = token, timeout_s, attempts
+        self._home = httpx2.URL(self.endpoint)
+        self._token, self._timeout_s, self._say = token, timeout_s, say
+        self._attempts, self._pause_s = attempts, pause_s
         self._api = HfApi(endpoint=self.endpoint, token=token or False)
+        self._held: dict[str, float] = {}
+        """Monotonic time before which nothing may be asked, by budget."""
+        self.asked: Counter[str] = Counter()
+        """Requests so far of the reading methods, by the Hub's budgets: `api` and `files` (500 and 3,000 in 5 minutes)."""
 
     # ---------------------------------------------------------------- reading
 
@@ -103,18 +125,35 @@ class Hub:
 
         One request for a model; a data set's may have many pages. `as_owner` sends the token, to see one's own private
         repository. Raises Rejected(REPOSITORY_GONE | REVISION_GONE | REPOSITORY_CLOSED), Rejected(FORBIDDEN_FILE) for
-        a model with more files than one page holds (1,000 on the public Hub), Unavailable.
+        a model with more files than one page holds (1,000 on the public Hub, or 128 kB of rows), Unavailable.
         """
         where = str(repo)
         address = f"/api/{kind}s/{quote(repo.repo)}/tree/{repo.revision}?recursive=true&expand=false"
         url: str | None = self.endpoint + address
         files: list[RepoFile] = []
+        longest = _MODEL_PAGE_BYTES if kind == "model" and not as_owner else _PAGE_BYTES
         for _ in range(1 if kind == "model" else _DATASET_PAGES):
-            page, url = self._json(str(url), where, as_owner=as_owner)
+            page, url = self._json(str(url), where, as_owner=as_owner, longest=longest)
             files += [_repo_file(row, where) for row in _rows(page, where) if row.get("type") == "file"]
             if not url:
                 return RepoListing(repo, tuple(sorted(files)))
         raise Rejected(Reason.FORBIDDEN_FILE, f"more than {len(files)} files", "files that a model needs", where)
+
+    def alive(self, repo: ModelId, path: str = "config.json") -> None:
+        """Returns when everybody can read the repository at its revision now: one request of the larger budget, no body.
+
+        Raises Rejected(REPOSITORY_GONE | REVISION_GONE | REPOSITORY_CLOSED), Rejected(MISSING_FILE) when the revision is
+        there without `path`, Unavailable. A listing does not tell as much: a gated repository still gives one.
+        """
+        where = f"{repo} {path}"
+        with _our_errors(where):
+            url = hf_hub_url(repo.repo, path, revision=repo.revision, endpoint=self.endpoint)
+
+        def ask() -> None:
+            with self._response(url, where, self._timeout_s, revision=repo.revision, method="HEAD"):
+                return
+
+        self._again(ask)
 
     def read(
         self, repo: ModelId, path: str, *, start: int = 0, length: int, kind: Kind = "model", as_owner: bool = False
@@ -138,16 +177,35 @@ class Hub:
 
     def stream(
         self, repo: ModelId, path: str, *, start: int = 0, kind: Kind = "model", timeout_s: float | None = None
-    ) -> Iterator[bytes]:
+    ) -> Generator[bytes, None, None]:
         """The file's bytes from `start` to its end, one attempt; `timeout_s` is the longest silence (default: ours).
 
         Raises Rejected(REPOSITORY_GONE | REVISION_GONE | REPOSITORY_CLOSED | MISSING_FILE), Unavailable.
         """
         return self._chunks(repo, path, kind, start, None, timeout_s or self._timeout_s)
 
-    def reader(self, repo: ModelId, *, as_owner: bool = False) -> Callable[[str, int, int], bytes]:
-        """read(path, start, length) of a model's files, for what inspects them. Raises as `stream` does."""
-        return lambda path, start, length: self.read(repo, path, start=start, length=length, as_owner=as_owner)
+    def reader(self, repo: ModelId | RepoListing, *, as_owner: bool = False) -> Callable[[str, int, int], bytes]:
+        """read(path, start, length) of a model's files, for what inspects them. Raises as `stream` does.
+
+        With a listing, bytes that are not as it states are the line's fault and not the miner's: too few of them, or
+        a whole file with another hash, are asked for again and then Unavailable.
+        """
+        model = repo if isinstance(repo, ModelId) else repo.model
+        files = {} if isinstance(repo, ModelId) else {file.path: file for file in repo.files}
+
+        def checked(path: str, start: int, length: int) -> bytes:
+            data = self.read(model, path, start=start, length=length, as_owner=as_owner)
+            file = files.get(path)
+            if file is None:
+                return data
+            due = max(0, min(length, file.size - start))
+            if len(data) != due:
+                raise Unavailable(f"{model} {path}", f"{len(data)} of {due} bytes came")
+            if start == 0 and due == file.size and not _has_oid(data, file):
+                raise Unavailable(f"{model} {path}", f"other bytes came than {file.oid}")
+            return data
+
+        return lambda path, start, length: self._again(lambda: checked(path, start, length))
 
     def open(self, repo: ModelId, path: str, size: int, kind: Kind = "dataset") -> BinaryIO:
         """A seekable file of `size` bytes, each span read by Range when it is asked for: for pyarrow."""
@@ -232,7 +290,9 @@ class Hub:
         """Wait before the next attempt; raises the error when there is none or the Hub asked for a long wait."""
         if tried >= self._attempts or (error.retry_s or 0.0) > _LONGEST_WAIT_S:
             raise error
-        time.sleep(error.retry_s or min(_LONGEST_WAIT_S, 0.25 * 2**tried))
+        pause_s = error.retry_s or min(_LONGEST_WAIT_S, self._pause_s * 2 ** (tried - 1))
+        self._say("hub retry", f"{error}; attempt {tried + 1} of {self._attempts} in {pause_s:.1f} s")
+        time.sleep(pause_s)
 
     def _call(self, where: str, call: Callable[[], Any]) -> Any:
         """A call of the library, with our errors and retries."""
@@ -244,53 +304,117 @@ class Hub:
         return self._again(attempt)
 
     @contextmanager
-    def _response(self, url: str, where: str, timeout_s: float, token: str | bool, **headers: str) -> Iterator[httpx2.Response]:
-        # identity: of a compressed body a Range would mean other bytes
-        sent = {**build_hf_headers(token=token), "Accept-Encoding": "identity", **headers}
-        with _our_errors(where), get_session().stream("GET", url, headers=sent, timeout=timeout_s) as response:
-            if response.status_code != 416:  # a span behind the end: no bytes, not an error
-                hf_raise_for_status(response)
-            yield response
+    def _response(
+        self, url: str, where: str, timeout_s: float, *, revision: str = "", as_owner: bool = False, method: str = "GET",
+        **headers: str,
+    ) -> Iterator[httpx2.Response]:  # fmt: skip
+        """The reply at the end of the redirects; with HEAD the first one that states a commit.
 
-    def _json(self, url: str, where: str, *, as_owner: bool) -> tuple[Any, str | None]:
-        """The reply's value and the address of the next page."""
+        Raises for a reply that says no, for a redirect to where no Hub keeps files, and, if a `revision` is given,
+        Rejected(REVISION_GONE) when the Hub takes it for the name of another commit: a branch can have a name of 40 hex
+        digits, and move. A reply without the word of a Hub on the commit is something else's that stands between.
+        """
+        # identity: of a compressed body a Range would mean other bytes
+        home = httpx2.URL(url).origin == self._home.origin
+        token = self._token or False if as_owner and home else False
+        sent = {**build_hf_headers(token=token), "Accept-Encoding": "identity", **headers}
+        with _our_errors(where):
+            request = get_session().build_request(method, url, headers=sent, timeout=timeout_s)
+            stated = ""
+            for _ in range(_REDIRECTS + 1):
+                with self._sent(request, where) as response:
+                    if self._is_hub(request.url):
+                        stated = response.headers.get("x-repo-commit", stated)
+                    if revision and stated not in ("", revision):
+                        raise Rejected(Reason.REVISION_GONE, f"a name for commit {stated}", "the id of a commit", where)
+                    if (stated and method == "HEAD") or response.status_code in (200, 206, 416):
+                        if revision and not stated:
+                            raise Unavailable(where, f"HTTP {response.status_code} that is no reply of a Hub")
+                        yield response
+                        return
+                    if response.next_request is None:
+                        raise Unavailable(where, f"HTTP {response.status_code} without what was asked for")
+                    request = response.next_request
+        raise Unavailable(where, f"more than {_REDIRECTS} redirects")
+
+    @contextmanager
+    def _sent(self, request: httpx2.Request, where: str) -> Iterator[httpx2.Response]:
+        """The reply to one request, closed at the end. Raises for one that says no, or may not be asked now or there."""
+        if not _is_of_hub(self._home, request.url):
+            raise Unavailable(where, f"a redirect to {request.url.copy_with(query=None)}, which is no place of this Hub")
+        api = request.url.path.startswith("/api/") and not request.url.path.startswith("/api/resolve-cache/")
+        budget = "api" if api else "files"
+        left_s = self._held.get(budget, 0.0) - time.monotonic()
+        if left_s > 0:
+            raise Unavailable(where, f"the Hub asked for {left_s:.0f} s more without requests", retry_s=left_s)
+        self.asked[budget] += 1
+        response = get_session().send(request, stream=True, follow_redirects=False)
+        try:
+            self._keep_to_limit(response, budget)
+            if request.method == "HEAD" or response.status_code >= 300:
+                _drain(response)
+            if response.status_code >= 400 and response.status_code != 416:  # 416, a span behind the end: no bytes
+                if self._is_hub(request.url):
+                    raise _from_status(response, where)
+                raise Unavailable(where, f"HTTP {response.status_code} from {request.url.host}", _retry_s(response))
+            yield response
+        finally:
+            response.close()
+
+    def _is_hub(self, url: httpx2.URL) -> bool:
+        """Whether it is a Hub that answers there, who can speak for a repository, and not a store: a mirror may redirect
+        to the public Hub."""
+        return url.origin == self._home.origin or (url.scheme, url.host) == ("https", _STORES[0])
+
+    def _keep_to_limit(self, response: httpx2.Response, budget: str) -> None:
+        """No more requests of this budget before the time that the Hub names, if it says that there are enough."""
+        retry_s = _retry_s(response) if response.status_code == 429 else _reset_s(response)
+        if retry_s:
+            retry_s = min(retry_s, _LONGEST_HOLD_S)
+            self._held[budget] = time.monotonic() + retry_s
+            self._say("hub limit", f"the Hub asks for {retry_s:.0f} s without requests of its budget {budget!r}")
+
+    def _json(self, url: str, where: str, *, as_owner: bool, longest: int = _PAGE_BYTES) -> tuple[Any, str | None]:
+        """The reply's value and the address of the next page. Raises Rejected(FORBIDDEN_FILE) beyond `longest` bytes."""
 
         def whole() -> tuple[Any, str | None]:
             ends = time.monotonic() + 2 * self._timeout_s
             body = bytearray()
-            token = self._token or False if as_owner else False
-            with self._response(url, where, self._timeout_s, token) as response:
+            with self._response(url, where, self._timeout_s, as_owner=as_owner) as response:
                 for data in response.iter_raw():
                     body += data
-                    if len(body) > _PAGE_BYTES or time.monotonic() > ends:
-                        raise Unavailable(where, f"the reply did not end within {len(body)} bytes")
+                    if len(body) > longest:
+                        limit = f"files whose list has at most {longest:,} bytes"
+                        raise Rejected(Reason.FORBIDDEN_FILE, "a longer list", limit, where)
+                    if time.monotonic() > ends:
+                        raise Unavailable(where, f"the reply did not end in time, after {len(body)} bytes")
                 following = response.links.get("next", {}).get("url")
             try:
                 return json.loads(body), following
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise Unavailable(where, "the reply is not JSON") from error
 
         return self._again(whole)
 
     def _chunks(
         self, repo: ModelId, path: str, kind: Kind, start: int, stop: int | None, timeout_s: float, as_owner: bool = False
-    ) -> Iterator[bytes]:
+    ) -> Generator[bytes, None, None]:
         """Bytes start..stop of a file, also from a server that ignores Range and sends it all."""
         where = f"{repo} {path}"
         with _our_errors(where):
             url = hf_hub_url(repo.repo, path, repo_type=kind, revision=repo.revision, endpoint=self.endpoint)
         span = {} if not start and stop is None else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
-        token = self._token or False if as_owner else False
-        with self._response(url, where, timeout_s, token, **span) as response:
+        with self._response(url, where, timeout_s, revision=repo.revision, as_owner=as_owner, **span) as response:
             if response.status_code == 416:
                 return
             at = _first_byte(response, start, where)
+            is_exact = stop is not None and response.headers.get("content-length") == str(stop - at)
             for data in response.iter_raw():
                 wanted = data[max(0, start - at) : None if stop is None else max(0, stop - at)]
                 at += len(data)
                 if wanted:
                     yield wanted
-                if stop is not None and at >= stop:
+                if stop is not None and at >= stop and not (is_exact and at == stop):
                     return
 
 
@@ -310,7 +434,7 @@ class HubDataset:
     def open(self, path: str) -> BinaryIO:
         return self._hub.open(self._repo, path, self._by_path()[path])
 
-    def stream(self, repo: ModelId, path: str, *, start: int = 0, timeout_s: float | None = None) -> Iterator[bytes]:
+    def stream(self, repo: ModelId, path: str, *, start: int = 0, timeout_s: float | None = None) -> Generator[bytes, None, None]:
         """A file's bytes for `models.fetch`."""
         return self._hub.stream(repo, path, start=start, kind="dataset", timeout_s=timeout_s)
 
@@ -365,44 +489,93 @@ def _our_errors(where: str) -> Iterator[None]:
     try:
         yield
     except HfHubHTTPError as error:
-        raise _from_status(error, where) from error
-    except (httpx2.HTTPError, httpx2.StreamError, OfflineModeIsEnabled) as error:
+        raise _from_status(error.response, where, error.server_message) from error
+    except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OfflineModeIsEnabled) as error:
         raise Unavailable(where, f"{type(error).__name__}: {error}") from error
     except HFValidationError as error:  # no Hub can hold a repository of that name
         raise Rejected(Reason.REPOSITORY_GONE, "a name that is not allowed", str(error), where) from error
     except RuntimeError as error:  # how the library reports that the upload of a large file failed
         if isinstance(error.__cause__, HfHubHTTPError):
-            raise _from_status(error.__cause__, where) from error
+            raise _from_status(error.__cause__.response, where, error.__cause__.server_message) from error
         if isinstance(error.__cause__, httpx2.HTTPError):
             raise Unavailable(where, f"{type(error.__cause__).__name__}: {error.__cause__}") from error
         raise
 
 
-def _from_status(error: HfHubHTTPError, where: str) -> Unavailable | Rejected:
-    status = error.response.status_code
-    got = f"HTTP {status}: {error.server_message or 'no message'}"
-    if isinstance(error, GatedRepoError | DisabledRepoError):
-        return Rejected(Reason.REPOSITORY_CLOSED, got, "a public repository without a gate", where)
-    if isinstance(error, RepositoryNotFoundError):
-        return Rejected(Reason.REPOSITORY_GONE, got, "a public repository", where)
-    if isinstance(error, RevisionNotFoundError):
-        return Rejected(Reason.REVISION_GONE, got, "a revision in the repository's history", where)
-    if isinstance(error, EntryNotFoundError):
-        return Rejected(Reason.MISSING_FILE, got, "a file of that name", where)
-    if status in (401, 403) and "authorization" in error.response.request.headers:
+_BY_CODE = {
+    "RepoNotFound": (Reason.REPOSITORY_GONE, "a public repository"),
+    "RevisionNotFound": (Reason.REVISION_GONE, "a revision in the repository's history"),
+    "EntryNotFound": (Reason.MISSING_FILE, "a file of that name"),
+    "GatedRepo": (Reason.REPOSITORY_CLOSED, "a public repository without a gate"),
+}
+
+
+def _from_status(response: httpx2.Response, where: str, words: str | None = None) -> Unavailable | Rejected:
+    """What a reply of the Hub itself means that says no: by its headers, because a body may have any length.
+
+    To a stranger the Hub shows a private repository as one that never was. 401 without a code is that too [issues of
+    huggingface_hub]; 403 and 404 without a word from the Hub are of something between us and it.
+    """
+    status, code = response.status_code, response.headers.get("x-error-code", "")
+    said = response.headers.get("x-error-message") or words or ""
+    got = f"HTTP {status}: {shown(said) or code or 'no message'}"
+    if code in _BY_CODE:
+        reason, limit = _BY_CODE[code]
+        if reason is Reason.REPOSITORY_GONE:
+            got += " (deleted, renamed or private: the Hub does not say which)"
+        return Rejected(reason, got, limit, where)
+    if "authorization" in response.request.headers and status in (401, 403):
         return Rejected(Reason.SETTING, got, "a token with the right to do this", where)
-    if status in (401, 403):
+    if status == 401:
+        return Rejected(Reason.REPOSITORY_GONE, got, "a public repository", where)
+    if said == "Access to this resource is disabled." or (said and status == 403):
         return Rejected(Reason.REPOSITORY_CLOSED, got, "a public repository without a gate", where)
-    return Unavailable(where, got, _retry_s(error.response))
+    return Unavailable(where, got, _retry_s(response))
+
+
+def _drain(response: httpx2.Response) -> None:
+    left = _SHORT_BYTES
+    for data in response.iter_raw():
+        left -= len(data)
+        if left < 0:
+            return
 
 
 def _retry_s(response: httpx2.Response) -> float | None:
-    """Seconds to wait, from the reply's Retry-After or from its rate limit when that is used up."""
+    """Seconds to wait, from the reply's Retry-After (seconds or a date), or from its rate limit when that is used up."""
     asked = response.headers.get("retry-after", "").strip()
-    if asked.isdigit():
+    if re.fullmatch("[0-9]{1,9}", asked):
         return float(asked)
+    try:
+        date = parsedate_to_datetime(asked)
+    except ValueError:
+        return _reset_s(response)
+    return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+
+
+def _reset_s(response: httpx2.Response) -> float | None:
+    """Seconds until the Hub counts anew, when it says that no request is left until then."""
     limit = parse_ratelimit_headers(response.headers)
     return float(limit.reset_in_seconds) if limit and not limit.remaining else None
+
+
+def _is_of_hub(home: httpx2.URL, url: httpx2.URL) -> bool:
+    """Whether a request may go there: to the Hub itself; from a Hub on this machine to this machine only; else by https
+    to the public Hub's stores or below the Hub's own host; on a Hub that is plain http, to its host's other ports too."""
+    if url.origin == home.origin:
+        return True
+    if _is_this_machine(home.host):
+        return _is_this_machine(url.host)
+    if url.scheme == home.scheme == "http":
+        return url.host == home.host
+    return url.scheme == "https" and any(url.host == host or url.host.endswith(f".{host}") for host in (*_STORES, home.host))
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _first_byte(response: httpx2.Response, start: int, where: str) -> int:
@@ -434,9 +607,19 @@ def _is_same(path: Path, file: RepoFile) -> bool:
     """Whether a local file has the content that the Hub states."""
     if path.stat().st_size != file.size:
         return False
-    kind, _, oid = file.oid.partition(":")
-    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % file.size)
+    digest = _start_digest(file)
     with path.open("rb") as content:
         while data := content.read(1 << 20):
             digest.update(data)
-    return digest.hexdigest() == oid
+    return digest.hexdigest() == file.oid.partition(":")[2]
+
+
+def _has_oid(data: bytes, file: RepoFile) -> bool:
+    digest = _start_digest(file)
+    digest.update(data)
+    return digest.hexdigest() == file.oid.partition(":")[2]
+
+
+def _start_digest(file: RepoFile) -> hashlib._Hash:
+    """git hashes a header with the size before the content; large file storage the content alone."""
+    return hashlib.sha256() if file.oid.startswith("sha256:") else hashlib.sha1(b"blob %d\0" % file.size)

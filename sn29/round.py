@@ -2,9 +2,16 @@
 
     begin_with      a late start from another validator's record
     plan_round      which block's round is due, and the window of each competition in it
-    run_round       admit all -> who claimed what first -> judge each competition -> combine into weights -> keep the record
+    run_round       admit all -> who claimed what first -> measure each competition -> whose weights are whose -> decide
+                    weights -> keep the record
       admit         read the chain -> select -> inspect metadata
-      judge         choose -> draw samples -> measure losses -> score
+      measure       choose -> draw samples -> measure losses
+
+A copy that was packed otherwise is known by its tensors, and only once both were evaluated. Which of them was evaluated
+first decides nothing: a digest belongs to the oldest claim, as a content does; copies are refused when everything of the
+round has been measured, and with everything that was ever measured, by whoever waits or was refused too. Who gets a place
+is decided by what was known before the round, so that a round that is tried again has the same places. All of it is in the
+record, so that a validator that begins with one knows what the others know.
 
 Everything that decides a score is a function of the round's block: commitments are read as of the block before the
 window's seed block, ages are counted to it, samples and groups come from its hash. A round that was opened is kept in
@@ -15,9 +22,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -25,7 +31,9 @@ from sn29 import record_files
 from sn29.corpus import draw
 from sn29.errors import Reason, Rejected, Unavailable
 from sn29.examination import (
+    SOFTWARE,
     Entrant,
+    Measured,
     Ports,
     Rules,
     inspect,
@@ -36,8 +44,10 @@ from sn29.examination import (
     say_refused,
     tokenizer_id_of,
 )
+from sn29.models import fingerprint
 from sn29.models.checkpoint import digest
-from sn29.records import Commitment, Entry, Head, Loss, Metagraph, Outcome, RawCommitment, Sample, Sealed, Weights, Window
+from sn29.models.disk import Disk
+from sn29.records import Commitment, Entry, Head, Metagraph, ModelId, Outcome, RawCommitment, Sample, Sealed, Weights, Window
 from sn29.replay import compare, competition_record, memory_for, recompute
 from sn29.round_record import CompetitionRecord, ModelRecord, RoundRecord, SampleRecord
 from sn29.rules.champion import Duel, Memory, known_copies, open_duels
@@ -49,6 +59,7 @@ from sn29.rules.selection import (
     Claim,
     FirstClaims,
     Inspected,
+    Refusal,
     choose,
     claimed_since,
     first_claims,
@@ -78,12 +89,44 @@ class Admitted:
     competition: Competition
     window: Window
     entrants: tuple[Entrant, ...]
+    copies: tuple[Inspected, ...]
+    """Of those that claim what was claimed before: not looked at any further."""
     outcomes: tuple[Outcome, ...]
     """Of those that were refused, or could not be looked at."""
     no_competition: tuple[Outcome, ...]
     """Of commitments that cannot be parsed, or name a competition that is not in force."""
     since: Mapping[Commitment, int]
     """The block from which each commitment claims its model, where an earlier one of the same digest was seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """One competition, measured, while it is not known yet which of its models are copies of others."""
+
+    admitted: Admitted
+    memory: Memory
+    samples: tuple[Sample, ...]
+    datasets: Mapping[str, str]
+    """Data set -> the revision that samples were drawn from."""
+    measured: Mapping[Commitment, Measured]
+    waiting: Mapping[Commitment, Outcome]
+    """Those for whom there was no place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of the models of all competitions when everything was measured."""
+
+    claims: FirstClaims
+    copies: Mapping[str, Refusal]
+    """By hotkey: those that are refused as copies, by their files or by their tensors."""
+    tensor_digests: Mapping[str, str]
+    """By content id."""
+    resembles: Mapping[str, str]
+    """Hotkey -> hotkey of the earlier model whose weights its own look like."""
+
+    def refused_of(self, competition: Competition) -> list[Refusal]:
+        return [r for r in self.copies.values() if r.commitment.competition == competition.name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,20 +192,26 @@ async def begin_with(ports: Ports, record: RoundRecord) -> bool:
     if difference is not None:
         raise Rejected(Reason.RECORD, difference.first, f"{difference.second}, computed again", f"{where}: {difference.what}")
     record_files.write(ports.machine.records_dir, record)
-    ports.store.begin(record, _standings(record), _claims_in(record), _first_seen_in(record))
+    seen, digests = _first_seen_in(record), _tensor_digests_in(record)
+    ports.store.begin(record, _standings(record), _claims_in(record), seen, digests)
     tell("begun", f"goes on from the record of block {record.head.block}", block=record.head.block)
     return True
 
 
 def _claims_in(record: RoundRecord) -> dict[str, tuple[int, str]]:
-    """Who claims what by a record: model ids, contents and weights of everybody with a valid entry."""
+    """Who claims what by a record: model ids, contents, weights and tensors of everybody with a valid entry."""
     claims: dict[str, tuple[int, str]] = {}
     for kept in record.competitions.values():
         for m in kept.models:
             if m.entry is not None:
-                keys = [m.outcome.model, m.entry.content_id, *([m.facts.weights_id] if m.facts else [])]
-                claims.update(dict.fromkeys(keys, (m.entry.block, m.hotkey)))
+                keys = [m.outcome.model, m.entry.content_id, m.tensor_digest, *([m.facts.weights_id] if m.facts else [])]
+                claims.update(dict.fromkeys(filter(None, keys), (m.entry.block, m.hotkey)))
     return claims
+
+
+def _tensor_digests_in(record: RoundRecord) -> dict[str, str]:
+    models = (m for kept in record.competitions.values() for m in kept.models)
+    return {m.facts.content_id: m.tensor_digest for m in models if m.facts and m.tensor_digest}
 
 
 def _first_seen_in(record: RoundRecord) -> dict[tuple[str, str], int]:
@@ -191,12 +240,18 @@ async def run_round(ports: Ports, rules: Rules, plan: Plan) -> Mapping[int, Weig
     no_competition = tuple(dict.fromkeys(o for a in admitted for o in a.no_competition))
     say_refused(no_competition)
     # Copies are looked for across competitions: a model has one owner, wherever it is entered.
-    claims = first_claims([_inspected(e, a.since) for a in admitted for e in a.entrants], known)
-    ports.store.keep_claims({key: (claim.block, claim.hotkey) for key, claim in claims.claims.items()})
+    by_files = first_claims([i for a in admitted for i in (*a.copies, *_inspected(a))], known)
+    _keep_claims(ports, by_files)
+    resembles = _resembling(ports, admitted, by_files)
     before = ports.store.last_record(before=plan.block)
     graph = await ports.chain.metagraph(plan.block)
     favoured = await _favoured(ports, graph, {a.competition.mechanism for a in admitted})
-    judged = {a.competition.name: await _judge(ports, a, claims, before, favoured[a.competition.mechanism]) for a in admitted}
+    known_before = _know(admitted, by_files, ports.store.tensor_digests(before=plan.block), resembles)
+    tried = [await _try(ports, plan, a, known_before, before, favoured[a.competition.mechanism]) for a in admitted]
+    known_now = _know(admitted, by_files, ports.store.tensor_digests(), resembles)
+    say_refused(outcome_of(r) for hotkey, r in known_now.copies.items() if hotkey not in known_before.copies)
+    _keep_claims(ports, known_now.claims)
+    judged = {t.admitted.competition.name: _judge(t, known_now) for t in tried}
     await _wait_for_the_unavailable(ports, plan, judged)
     registered = sorted(n.hotkey for n in graph.neurons)
     last = ports.store.weights(before=plan.block)
@@ -215,7 +270,7 @@ async def run_round(ports: Ports, rules: Rules, plan: Plan) -> Mapping[int, Weig
     path = record_files.write(ports.machine.records_dir, record)
     ports.store.finish_round(plan.block, record, decision.weights, _standings(record))
     record_files.keep_only(path)  # one that a crash left between the two lines may tell of another state of the Hub
-    _forget_models(ports, {e.facts.content_id for a in admitted for e in a.entrants})
+    await asyncio.to_thread(_forget_models, ports, _wanted(ports, admitted))
     _say_scores(record)
     return decision.weights
 
@@ -276,13 +331,70 @@ async def _wait_for_the_unavailable(ports: Ports, plan: Plan, judged: Mapping[st
         raise Unavailable("round", f"{len(missing)} models could not be looked at ({missing[0]}...); {until}")
 
 
+def _wanted(ports: Ports, admitted: Sequence[Admitted]) -> set[str]:
+    """Contents that somebody commits to, though the Hub may not have answered for them in this round."""
+    contents = {e.facts.content_id for a in admitted for e in a.entrants}
+    for outcome in (o for a in admitted for o in a.outcomes if o.status == "unavailable"):
+        kept = ports.store.repository(ModelId.parse(outcome.model), read_by=SOFTWARE)
+        contents.update({kept.facts.content_id} if kept and kept.facts else ())
+    return contents
+
+
 def _forget_models(ports: Ports, wanted: set[str]) -> None:
     """Deletes checkpoints that no commitment of this round names, so that the disk holds one window's models."""
-    folder = ports.machine.models_dir
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.name.removesuffix(".part") not in wanted:
-            shutil.rmtree(path)
-            tell("deleted", "a checkpoint that nobody commits to any more", content=path.name)
+    for content in Disk(ports.machine.models_dir).keep_only(wanted):
+        tell("deleted", "a checkpoint that nobody commits to any more", content=content)
+
+
+# --- who claims what --------------------------------------------------------------------------------------------------
+
+
+def _inspected(admitted: Admitted) -> list[Inspected]:
+    return [
+        Inspected(e.commitment, e.facts.content_id, (e.facts.weights_id,), admitted.since.get(e.commitment))
+        for e in admitted.entrants
+    ]
+
+
+def _keep_claims(ports: Ports, claims: FirstClaims) -> None:
+    ports.store.keep_claims({key: (claim.block, claim.hotkey) for key, claim in claims.claims.items()})
+
+
+def _know(admitted: Sequence[Admitted], by_files: FirstClaims, digests: Mapping[str, str], resembles: Mapping[str, str]) -> Known:
+    """Who owns what by the files, and among them by the tensors; `digests` by content id."""
+    by_file = set(by_files.owners)
+    evaluated = [
+        replace(i, content_id=digests[i.content_id], weight_oids=())
+        for a in admitted
+        for i in _inspected(a)
+        if i.commitment in by_file and i.content_id in digests
+    ]
+    claims = first_claims(evaluated, by_files.claims)
+    copies = {r.commitment.hotkey: r for r in by_files.refused}
+    for r in claims.refused:
+        got = f"the same tensors, digest {r.failure.got}"
+        copies[r.commitment.hotkey] = Refusal(r.commitment, Rejected(Reason.COPY, got, r.failure.limit, r.failure.where))
+    out = {r.commitment for r in copies.values()}
+    owners = tuple(c for c in by_files.owners if c not in out)
+    return Known(FirstClaims(owners, tuple(copies.values()), claims.claims), copies, digests, resembles)
+
+
+def _resembling(ports: Ports, admitted: Sequence[Admitted], claims: FirstClaims) -> dict[str, str]:
+    """Hotkey -> hotkey of the earlier model whose weights its own look like; each is told of, and nothing else happens."""
+    owners = set(claims.owners)
+    inspected = sorted((i for a in admitted for i in _inspected(a) if i.commitment in owners), key=lambda i: i.claim)
+    texts = [ports.store.fingerprint(i.content_id) for i in inspected]
+    taken = [(i, fingerprint.decode(text)) for i, text in zip(inspected, texts, strict=True) if text]
+    found = {}
+    for (i, _), likeness in zip(taken, fingerprint.likenesses([one for _, one in taken]), strict=True):
+        if likeness is not None and (earlier := taken[likeness.earlier][0].claim).hotkey != i.commitment.hotkey:
+            found[i.commitment.hotkey] = earlier.hotkey
+            what = f"its weights resemble those that {earlier} claims: {likeness}; the losses decide"
+            tell("suspect", what, hotkey=i.commitment.hotkey, competition=i.commitment.competition, resembles=earlier.hotkey)
+    return found
+
+
+# --- one competition --------------------------------------------------------------------------------------------------
 
 
 async def _claimed(ports: Ports, blocks: Collection[int]) -> dict[int, tuple[Commitment | Sealed | Outcome, ...]]:
@@ -321,23 +433,30 @@ async def _admit(
         raise Unavailable(f"tokenizer of {name}", str(error)) from None
     commitments, outcomes, no_competition = _sorted_out(rules, window, claimed)
     since = _since(ports, commitments, competition.samples.window_blocks)
-    entrants = []
+    entrants, copies = [], []
     selection = select(commitments, rules.files, known, since)
     for refusal in selection.refused:
         foreign = refusal.commitment.competition not in rules.files
         if foreign or refusal.commitment.competition == name:
             (no_competition if foreign else outcomes).append(outcome_of(refusal))
+    earlier = dict(known)
     for commitment in selection.by_competition[name]:
         try:
-            entrant = await inspect(ports, rules, competition, window, commitment, largest_id)
+            found = await inspect(
+                ports, rules, competition, window, commitment, largest_id, since=since.get(commitment), earlier=earlier
+            )
         except Exception as error:  # noqa: BLE001 - a bug that one stranger's files bring up must not stop all the others
             bug(f"looking at {commitment.hotkey} failed")
-            entrant = put_off(commitment, Unavailable("inspection", f"{type(error).__name__}"))
-        if isinstance(entrant, Outcome):
-            outcomes.append(entrant)
+            found = put_off(commitment, Unavailable("inspection", f"{type(error).__name__}"))
+        if isinstance(found, Entrant):
+            entrants.append(found)
+            mine = Claim(since.get(commitment, commitment.block), commitment.hotkey)
+            earlier.update({k: min(mine, earlier.get(k, mine)) for k in (found.facts.content_id, found.facts.weights_id)})
+        elif isinstance(found, Inspected):
+            copies.append(found)
         else:
-            entrants.append(entrant)
-    return Admitted(competition, window, tuple(entrants), tuple(outcomes), tuple(no_competition), since)
+            outcomes.append(found)
+    return Admitted(competition, window, tuple(entrants), tuple(copies), tuple(outcomes), tuple(no_competition), since)
 
 
 def _sorted_out(
@@ -363,15 +482,15 @@ def _since(ports: Ports, commitments: Sequence[Commitment], window_blocks: int) 
     return {c: block for c, block in since.items() if block != c.block}
 
 
-async def _judge(
-    ports: Ports, admitted: Admitted, claims: FirstClaims, before: RoundRecord | None, favoured: frozenset[str]
-) -> Judged:
+async def _try(
+    ports: Ports, plan: Plan, admitted: Admitted, known: Known, before: RoundRecord | None, favoured: frozenset[str]
+) -> Tried:
     """Choice, samples and losses of one competition."""
     store, competition, window = ports.store, admitted.competition, admitted.window
     mine = {e.commitment: e for e in admitted.entrants}
-    owners = [c for c in claims.owners if c in mine]
+    owners = [c for c in known.claims.owners if c in mine]
     memory = memory_for(competition, window, before)
-    entries = {c.hotkey: _entry(c, e, claims) for c, e in mine.items()}
+    entries = {c.hotkey: _entry(c, mine[c], known.claims) for c in owners}
     duels = _open_duels(competition, window, memory, entries)
     needed = {d.holder: d.needed for d in duels}
     copies, far = known_copies(memory, entries), out_of_reach(duels, entries, needed)
@@ -384,21 +503,49 @@ async def _judge(
         favoured=favoured,
         resting=far | copies.keys(),
     )
-    outcomes = [*admitted.outcomes, *(outcome_of(r) for r in claims.refused if r.commitment in mine)]
-    outcomes += [_waiting(c, copies.get(c.hotkey), out_of_reach=c.hotkey in far) for c in choice.waiting]
-    say_refused(outcomes)
+    say_refused([*admitted.outcomes, *(outcome_of(r) for r in known.refused_of(competition))])
     samples, revisions = await asyncio.to_thread(_draw, ports, competition, window)
     tell("samples", f"{competition.name}: {len(samples)} samples drawn by the hash of block {window.seed.block}")
+    paid = _paid(before)
+    measured = {c: await measure(ports, competition, mine[c], samples, plan.block, paid) for c in choice.chosen}
+    waiting = {c: _waiting(c, copies.get(c.hotkey), out_of_reach=c.hotkey in far) for c in choice.waiting}
+    return Tried(admitted, memory, samples, revisions, measured, waiting)
+
+
+def _paid(before: RoundRecord | None) -> frozenset[str]:
+    """Contents that earned something in the round before, in whatever competition."""
+    competitions = before.competitions.values() if before is not None else ()
+    models = (kept.model(s.hotkey) for kept in competitions for s in kept.scores if s.weight > 0)
+    return frozenset(m.entry.content_id for m in models if m is not None and m.entry is not None)
+
+
+def _judge(tried: Tried, known: Known) -> Judged:
+    """What is scored of a competition's models, now that it is known which of them are copies."""
+    admitted, competition = tried.admitted, tried.admitted.competition
+    mine = {e.commitment: e for e in admitted.entrants}
+    outcomes = [*admitted.outcomes, *(outcome_of(r) for r in known.refused_of(competition))]
+    unclear = Unavailable("inspection", "claimed before by somebody who lost the claim: looked at again")
+    outcomes += [put_off(i.commitment, unclear) for i in admitted.copies if i.commitment.hotkey not in known.copies]
     models = [ModelRecord(outcome) for outcome in outcomes]
     table = {}
-    for commitment in choice.chosen:
-        outcome, losses = await measure(ports, competition, mine[commitment], samples)
-        models.append(_model_record(competition, mine[commitment], outcome, losses))
-        table.update({commitment.hotkey: models[-1].losses} if losses else {})
-    entries = _entries(memory, mine, models, claims)
+    for c, measured in tried.measured.items():
+        if c.hotkey not in known.copies:
+            models.append(_model_record(competition, mine[c], measured))
+            table.update({c.hotkey: models[-1].losses} if measured.losses else {})
+    models += [ModelRecord(outcome) for c, outcome in tried.waiting.items() if c.hotkey not in known.copies]
+    entrants = {e.commitment.hotkey: e for e in admitted.entrants}
+    models = [_with_what_is_known(m, entrants.get(m.hotkey), known) for m in models]
+    entries = _entries(tried.memory, mine, models, known.claims)
     outage = any(m.outcome.status == "unavailable" for m in models)
-    contest = Contest(competition, window, table, entries, memory, outage)
-    return Judged(contest, samples, revisions, tuple(models))
+    contest = Contest(competition, admitted.window, table, entries, tried.memory, outage)
+    return Judged(contest, tried.samples, tried.datasets, tuple(models))
+
+
+def _with_what_is_known(model: ModelRecord, entrant: Entrant | None, known: Known) -> ModelRecord:
+    if entrant is None:
+        return model
+    digest = known.tensor_digests.get(entrant.facts.content_id, "")
+    return replace(model, facts=entrant.facts, tensor_digest=digest, resembles=known.resembles.get(model.hotkey, ""))
 
 
 def _open_duels(competition: Competition, window: Window, memory: Memory, entries: Mapping[str, Entry]) -> tuple[Duel, ...]:
@@ -415,13 +562,13 @@ def _entry(commitment: Commitment, entrant: Entrant, claims: FirstClaims) -> Ent
     return Entry(content, since)
 
 
-def _model_record(competition: Competition, entrant: Entrant, outcome: Outcome, losses: tuple[Loss, ...]) -> ModelRecord:
+def _model_record(competition: Competition, entrant: Entrant, measured: Measured) -> ModelRecord:
+    losses = measured.losses
     if not losses:
-        return ModelRecord(outcome, facts=entrant.facts)
+        return ModelRecord(measured.outcome)
     return ModelRecord(
-        outcome,
+        measured.outcome,
         tokenizer_id=tokenizer_id_of(competition, entrant),
-        facts=entrant.facts,
         num_tokens=sum(x.num_tokens for x in losses if math.isfinite(x.nats)),
         losses=tuple(x.nats for x in losses),
         unscored=tuple(x.reason for x in losses if not math.isfinite(x.nats)),
@@ -459,11 +606,6 @@ def _draw(ports: Ports, competition: Competition, window: Window) -> tuple[tuple
         found.update({s.id: s for s in drawn})
         revisions[f"{index} {source.hub if isinstance(source, HubDataset) else source.folder}"] = data.revision
     return tuple(found.values()), revisions
-
-
-def _inspected(entrant: Entrant, since: Mapping[Commitment, int]) -> Inspected:
-    facts = entrant.facts
-    return Inspected(entrant.commitment, facts.content_id, (facts.weights_id,), since.get(entrant.commitment))
 
 
 def _waiting(c: Commitment, copy_of: str | None, *, out_of_reach: bool) -> Outcome:

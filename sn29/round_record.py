@@ -9,12 +9,13 @@ rest 18 kB. As float64 in an .npy file beside it the losses would be 120 kB. At 
 and competition: worth one file, one hash, and nothing to go astray. A loss of +inf (a sample that the model could not
 be scored on) is null, and the reasons stand beside them, one for each null, in order. NaN does not occur.
 
-The fields of the JSON are the fields of the frozen records below; `RoundRecord` adds "schema": 3. What the rules alone
+The fields of the JSON are the fields of the frozen records below; `RoundRecord` adds "schema": 4. What the rules alone
 understand is kept as the rules wrote it: a competition's parameters, the hall of fame, a scoring rule's memory and duels.
 
-Schema 2 knew no mechanisms: it has one `weights`, and one `last_weights` or null, which are those of mechanism 0. Records of
-it are read, and are records of schema 3 from then on: `address` is that of the text of schema 3, while the name of a
-file of schema 2 carries, and is checked against, the sha256 of the text that stands in it.
+Schema 3 knew a model by its files alone: its models have no `tensor_digest` and no `resembles`. Schema 2 knew no mechanisms
+either: it has one `weights`, and one `last_weights` or null, which are those of mechanism 0. Records of both are read, and are
+records of schema 4 from then on: `address` is that of the text of schema 4, while the name of a file of an older schema
+carries, and is checked against, the sha256 of the text that stands in it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hint
 from sn29.errors import Reason, Rejected
 from sn29.records import Entry, Head, ModelFacts, Outcome, Score, Weights, Window
 
-SCHEMA = 3
+SCHEMA = 4
 MAX_BYTES = 64 * 2**20
 """Longest text that is read, in bytes: room for 3.4 million losses, 200 times a round of 10 models and 1,500 samples."""
 
@@ -71,6 +72,11 @@ class ModelRecord:
     unless it was evaluated."""
     unscored: tuple[str, ...] = ()
     """Why, for each +inf in `losses`, in order."""
+    tensor_digest: str = ""
+    """`models.checkpoint.tensor_digest` of its weights: of two models with the same one the later is a copy. Empty while
+    the validator has never evaluated them."""
+    resembles: str = ""
+    """Hotkey of the earlier model whose weights look like its own (see `models.fingerprint`): it decides nothing."""
 
     @property
     def hotkey(self) -> str:
@@ -182,17 +188,18 @@ def encode(record: RoundRecord) -> bytes:
 
 
 def decode(text: bytes, where: str = "record") -> RoundRecord:
-    """From a text that `encode` could have written, of this schema or of schema 2.
+    """From a text that `encode` could have written, of this schema or of schemas 2 and 3.
 
     Raises Rejected(RECORD) for any other, naming the field.
     """
     data = loads(text, where)
     schema = data.get("schema") if isinstance(data, dict) else None
-    if type(schema) is not int or schema not in (2, SCHEMA):
-        _refuse(f"schema {schema!r}", f"schema {SCHEMA}, or 2", where)
+    if type(schema) is not int or not 2 <= schema <= SCHEMA:
+        _refuse(f"schema {schema!r}", f"schema {SCHEMA}, 3 or 2", where)
     spelled = canonical(data)  # a JSON value has one text: if that is the text, the record has no other either
     del data["schema"]
-    record: RoundRecord = _read(RoundRecord, _from_2(data) if schema == 2 else data, where)
+    data = _from_2(data) if schema == 2 else data
+    record: RoundRecord = _read(RoundRecord, _from_3(data) if schema <= 3 else data, where)
     if spelled != text:
         _refuse("another spelling of the same record", "sorted keys, no spaces, shortest floats", where)
     return record
@@ -205,6 +212,25 @@ def _from_2(data: dict[str, Json]) -> dict[str, Json]:
         if name in data:
             changed[name] = {} if data[name] is None and name == "last_weights" else {"0": data[name]}
     return changed
+
+
+def _from_3(data: dict[str, Json]) -> dict[str, Json]:
+    """The fields of schema 4. What is not as schema 3 has it is left for the reader to refuse."""
+    competitions = data.get("competitions")
+    if not isinstance(competitions, dict):
+        return data
+    return {**data, "competitions": {name: _with_digests(kept) for name, kept in competitions.items()}}
+
+
+def _with_digests(kept: Json) -> Json:
+    if not isinstance(kept, dict) or not isinstance(kept.get("models"), list):
+        return kept
+    new = {"tensor_digest": "", "resembles": ""}
+    models = [m if isinstance(m, dict) else {} for m in kept["models"]]
+    for name in new:
+        if any(name in m for m in models):
+            _refuse(f"the field {name}", "the fields of schema 3", "record: models")
+    return {**kept, "models": [{**m, **new} for m in models]}
 
 
 def address(record: RoundRecord) -> str:

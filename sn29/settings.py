@@ -243,6 +243,9 @@ class ValidatorSettings(NeuronSettings):
     evaluation_deadline_s: float = _flag(900.0, "seconds after which an evaluation is stopped", "evaluation.deadline", ge=1)
     download_deadline_s: float = _flag(3600.0, "seconds after which a download is put off", "download.deadline", ge=1)
     rounds: int = _flag(0, "stop after this many rounds and one weight set; 0 = never", "rounds", ge=0)
+    models_gb: float = _flag(
+        0.0, "GB of disk for downloaded models; the least useful are deleted first; 0 = what is free", "models.gb", ge=0
+    )
     start_record: Path | None = _flag(
         None, "first start: go on from this round record of another validator (it is replayed first)", "start-record"
     )
@@ -327,17 +330,19 @@ class DemoSettings(_Settings):
 
 
 class CheckSettings(_Settings):
-    """Run the checks that a validator would run on a model folder. Exit 0: allowed. Exit 1: refused, with the reason."""
+    """Run the checks that a validator would run on a model. Exit 0: allowed. Exit 1: refused, with all reasons."""
 
     model_config = SettingsConfigDict(cli_prog_name="sn29 check")
 
-    model_dir: CliPositionalArg[Path] = Field(description="folder with config.json and *.safetensors")
+    model: CliPositionalArg[str] = Field(description="folder with config.json and *.safetensors, or REPO@REVISION on the Hub")
     competition: str = _flag("", "c00, or the path of a competition file", "competition")
     competitions_dir: Path = _flag(Path("competitions"), "folder where c00 is looked up", "competitions.dir")
     at: int = _flag(0, "block whose rules are asked for; 0 = before every change of the file", "at")
     tokenizer: Path | None = _flag(None, "tokenizer.json of the competition, if its Hub is not to be asked", "tokenizer")
-    hub_endpoint: str = _flag(DEFAULT_HUB, "Hub that has the competition's tokenizer", "hub.endpoint", variables=("HF_ENDPOINT",))
-    metadata_only: bool = _flag(False, "stop before the weights are loaded", "metadata-only")
+    hub_endpoint: str = _flag(
+        DEFAULT_HUB, "Hub of REPO and of the competition's tokenizer", "hub.endpoint", variables=("HF_ENDPOINT",)
+    )
+    metadata_only: bool = _flag(False, "stop before the weights are fetched or loaded", "metadata-only")
     json_output: bool = _flag(False, "print the answer as JSON", "json")
 
 

@@ -15,10 +15,10 @@ from types import MappingProxyType
 from typing import Any
 
 from sn29.errors import Reason, Rejected
-from sn29.records import Commitment, Identity, Loss, Outcome, Weights
+from sn29.records import Commitment, Identity, Loss, ModelFacts, ModelId, Outcome, RepoFile, RepoListing, Weights
 from sn29.round_record import RoundRecord, decode, encode
 
-SCHEMA = 3
+SCHEMA = 4
 
 _TABLES = """
 create table meta(key text primary key, value text not null) strict;
@@ -29,6 +29,8 @@ create table verdict(
   primary key (hotkey, block, data, rules)) strict;
 create table failure(hotkey text, block integer, data blob, count integer not null,
   primary key (hotkey, block, data)) strict;
+create table repository(model text primary key, files text not null, facts text, read_by text not null) strict;
+create table content(content_id text primary key, tensor_digest text, since integer, fingerprint text) strict;
 create table loss(
   content_id text, tokenizer_id text, profile text, sample text,
   nats real not null, tokens integer not null, reason text not null,
@@ -55,6 +57,12 @@ create table sent(mechanism integer, since integer, round integer not null, weig
 """From schema 2, which knew one mechanism, and weights that stand or do not."""
 _KEEP_FIRST_SEEN = "insert into first_seen values (?1, ?2, ?3) on conflict do update set block = min(block, ?3)"
 
+_FROM_3 = """
+create table repository(model text primary key, files text not null, facts text, read_by text not null) strict;
+create table content(content_id text primary key, tensor_digest text, since integer, fingerprint text) strict;
+"""
+"""From schema 3, which asked the Hub for everything in each round, and knew a content by its files alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -66,6 +74,15 @@ class Standing:
     hotkey: str
     weight: float
     """Share of the competition's reward, 0..1."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRepository:
+    """What was seen of a model's repository at its revision, which does not change."""
+
+    listing: RepoListing
+    facts: ModelFacts | None
+    """None: its metadata was not read, or not by the software that asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +129,7 @@ class Store:
     """The validator's memory, in `path`. Several processes may read while one writes."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        """Opens or creates the file; one of schema 2 is brought up to date, unless it is only read.
+        """Opens or creates the file; one of schema 2 or 3 is brought up to date, unless it is only read.
 
         Raises Rejected(SETTING) for a file of another schema.
         """
@@ -128,7 +145,7 @@ class Store:
             raise Rejected(Reason.SETTING, f"{path}: {error}", "a folder that can be written to") from None
         schema = self._value("select value from meta where key = 'schema'")
         if schema != str(SCHEMA):
-            older = "; start the validator once, which brings it up to date" if schema == "2" else ""
+            older = "; start the validator once, which brings it up to date" if schema in ("2", "3") else ""
             raise Rejected(Reason.SETTING, f"schema {schema} in {path}", f"schema {SCHEMA}{older}")
 
     def _create(self) -> None:
@@ -139,8 +156,13 @@ class Store:
                 for statement in filter(str.strip, _TABLES.split(";")):
                     db.execute(statement)
                 db.execute("insert into meta values ('schema', ?)", (str(SCHEMA),))
-            elif db.execute("select value from meta where key = 'schema'").fetchone() == ("2",):
+                return
+            if self._value("select value from meta where key = 'schema'") == "2":
                 self._update_from_2(db)
+            if self._value("select value from meta where key = 'schema'") == "3":
+                for statement in filter(str.strip, _FROM_3.split(";")):
+                    db.execute(statement)
+                db.execute("update meta set value = '4' where key = 'schema'")
 
     @staticmethod
     def _update_from_2(db: sqlite3.Connection) -> None:
@@ -200,7 +222,7 @@ class Store:
     # --- claims and verdicts ----------------------------------------------------------------------------------------
 
     def claims(self) -> dict[str, tuple[int, str]]:
-        """Model id, content id or weights id -> the earliest (block, hotkey) that was ever seen to claim it."""
+        """Model id, content id, weights id or tensor digest -> the earliest (block, hotkey) that was ever seen to claim it."""
         return {key: (block, hotkey) for key, block, hotkey in self._db.execute("select key, block, hotkey from claim")}
 
     def keep_claims(self, claims: Mapping[str, tuple[int, str]]) -> None:
@@ -258,6 +280,52 @@ class Store:
         with self._transaction() as db:
             db.execute("delete from failure where hotkey = ? and block = ? and data = ?", key)
 
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    def repository(self, model: ModelId, *, read_by: str) -> StoredRepository | None:
+        """What was seen of a model's repository; without the facts when other software than `read_by` read them."""
+        query = "select files, facts, read_by from repository where model = ?"
+        row = self._db.execute(query, (str(model),)).fetchone()
+        if row is None:
+            return None
+        listing = RepoListing(model, tuple(RepoFile(**file) for file in json.loads(row[0])))
+        facts = ModelFacts(**json.loads(row[1])) if row[1] and row[2] == read_by else None
+        return StoredRepository(listing, facts)
+
+    def keep_repository(self, listing: RepoListing, facts: ModelFacts | None, *, read_by: str) -> None:
+        """Keeps what a commitment's digest was found to be of, and what the metadata said if it was read."""
+        files = json.dumps([asdict(file) for file in listing.files])
+        with self._transaction() as db:
+            row = (str(listing.model), files, json.dumps(asdict(facts)) if facts else None, read_by)
+            db.execute("insert or replace into repository values (?, ?, ?, ?)", row)
+
+    def tensor_digest(self, content_id: str) -> str | None:
+        """The canonical digest of a content's tensors, if it was ever evaluated."""
+        found = self._value("select tensor_digest from content where content_id = ?", (content_id,))
+        return None if found is None else str(found)
+
+    def tensor_digests(self, *, before: int | None = None) -> dict[str, str]:
+        """By content id, of everything that was ever evaluated; or of that alone which was so in a round before a block."""
+        query = "select content_id, tensor_digest from content where tensor_digest is not null and since < ?"
+        return dict(self._db.execute(query, (before if before is not None else 1 << 62,)))
+
+    def keep_tensor_digest(self, content_id: str, digest: str, block: int) -> None:
+        """Notes what the evaluation of a content found in the round of `block`."""
+        with self._transaction() as db:
+            _keep_tensor_digests(db, {content_id: digest}, block)
+
+    def fingerprint(self, content_id: str) -> str | None:
+        """The weights' fingerprint as text, if it was ever taken."""
+        found = self._value("select fingerprint from content where content_id = ?", (content_id,))
+        return None if found is None else str(found)
+
+    def keep_fingerprint(self, content_id: str, text: str) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "insert into content(content_id, fingerprint) values (?1, ?2) on conflict do update set fingerprint = ?2",
+                (content_id, text),
+            )
+
     # --- losses -----------------------------------------------------------------------------------------------------
 
     def losses(self, content_id: str, tokenizer_id: str, profile: str, samples: Iterable[str]) -> dict[str, Loss]:
@@ -302,6 +370,7 @@ class Store:
         standings: Iterable[Standing],
         claims: Mapping[str, tuple[int, str]],
         seen: Mapping[tuple[str, str], int],
+        tensor_digests: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Takes over another validator's round as the first one, in one step. See `weights`, `taken_over`, `first_seen`."""
         block, kept = record.head.block, encode(record).decode()
@@ -313,6 +382,7 @@ class Store:
             db.executemany("insert into standing values (?, ?, ?, ?, ?)", rows)
             db.executemany("insert into claim values (?, ?, ?)", [(key, *claim) for key, claim in claims.items()])
             db.executemany(_KEEP_FIRST_SEEN, [(*key, first) for key, first in seen.items()])
+            _keep_tensor_digests(db, tensor_digests, block)
 
     def taken_over(self) -> int | None:
         """Block of the round that is another validator's: its weights are not ours to set."""
@@ -412,6 +482,15 @@ class Store:
         query = "select block, round, weights from publication where mechanism = ? order by block desc limit 1"
         row = self._db.execute(query, (mechanism,)).fetchone()
         return (row[0], _weights(row[1], row[2])) if row else None
+
+
+def _keep_tensor_digests(db: sqlite3.Connection, digests: Mapping[str, str], block: int) -> None:
+    """By content id; the newest counts, since a content's tensors change only with how they are digested."""
+    db.executemany(
+        "insert into content(content_id, tensor_digest, since) values (?1, ?2, ?3)"
+        " on conflict do update set tensor_digest = ?2, since = min(coalesce(since, ?3), ?3)",
+        [(content, digest, block) for content, digest in digests.items()],
+    )
 
 
 def _text(weights: Weights) -> str:

@@ -1,6 +1,7 @@
 """A miner's submission, from a folder to a commitment on chain, as one story.
 
-    check     what a validator would check, on the folder: metadata, rules, then a child process that loads and evaluates
+    check     what a validator would check, on the folder: metadata, rules, then a child process that loads and evaluates;
+              `check_published` does the same on a repository
     submit    1 hide    the repository is made private, before anything is uploaded
               2 upload  the folder, as one commit
               3 check   the metadata again, on what the Hub now has
@@ -25,13 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sn29.chain import Chain
-from sn29.errors import Rejected, Sn29Error
+from sn29.errors import Reason, Rejected, Sn29Error
 from sn29.evaluation.worker import Job, evaluate, memory_needed
 from sn29.examination import start_token_of, unfit
 from sn29.hub import Hub
 from sn29.models import checkpoint
 from sn29.models.checkpoint import Read
-from sn29.records import Commitment, Loss, ModelFacts, ModelId, RawCommitment, RepoListing, Sample, Sealed
+from sn29.models.fetch import fetch
+from sn29.records import Commitment, Loss, ModelFacts, ModelId, RawCommitment, RepoFile, RepoListing, Sample, Sealed
 from sn29.rules.competition import Competition, violations
 from sn29.rules.scoring_fields import Champion
 from sn29.telemetry import tell, warn
@@ -46,6 +48,10 @@ PROBES = (
 )
 
 
+# With these and no others a model can be loaded all the same.
+_LOADABLE = {Reason.FAMILY, Reason.PARAMETERS, Reason.TOO_LARGE}
+
+
 @dataclass(frozen=True, slots=True)
 class FixedText:
     """The competition's own tokenizer, fetched and checked."""
@@ -56,7 +62,7 @@ class FixedText:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The answer of the checks."""
+    """The answer of the checks: every reason that applies."""
 
     facts: ModelFacts | None
     """None when the metadata could not even be read."""
@@ -64,26 +70,40 @@ class Checked:
     """Empty: allowed."""
     losses: tuple[Loss, ...] = ()
     """Of the probe texts, when the model was loaded."""
+    tensor_digest: str = ""
+    """Canonical identity of the weights, when they were loaded: see `models.checkpoint.tensor_digest`."""
 
 
 def inspect(listing: RepoListing, read: Read, competition: Competition, fixed: FixedText | None) -> Checked:
-    """The checks that need no weights, as a validator runs them."""
-    try:
-        facts = checkpoint.inspect(listing, read)
-    except Rejected as error:
-        return Checked(None, (error,))
-    return Checked(facts, violations(competition, facts, fixed.largest_id if fixed else None))
+    """The checks that need no weights, as a validator runs them; it stops at the first reason, here all are found.
+
+    Raises what `read` raises.
+    """
+    found = checkpoint.inspect_all(listing, read)
+    if found.facts is None:
+        return Checked(None, found.refusals)
+    broken = violations(competition, found.facts, fixed.largest_id if fixed else None)
+    return Checked(found.facts, (*found.refusals, *broken))
 
 
-async def check(folder: Path, competition: Competition, fixed: FixedText | None, *, threads: int, deadline_s: float) -> Checked:
+async def check(
+    folder: Path,
+    competition: Competition,
+    fixed: FixedText | None,
+    *,
+    threads: int,
+    deadline_s: float,
+    files: tuple[RepoFile, ...] = (),
+) -> Checked:
     """All checks on a folder: those of the metadata, then the child process of the validator on probe texts.
 
-    Raises Unavailable when the child gave no answer.
+    A model that is only too large or of another family is still evaluated, so that its owner hears of both. `files` is how
+    the Hub lists the folder's, which the child then makes sure of. Raises Unavailable when the child gave no answer.
     """
     checked = inspect(checkpoint.local_listing(folder), checkpoint.local_reader(folder), competition, fixed)
-    if checked.facts is None or checked.refusals:
-        return checked
     facts = checked.facts
+    if facts is None or not all(refusal.reason in _LOADABLE for refusal in checked.refusals):
+        return checked
     job = Job(
         checkpoint=str(folder.absolute()),
         tokenizer=str((fixed.path if fixed else folder / "tokenizer.json").absolute()),
@@ -93,13 +113,42 @@ async def check(folder: Path, competition: Competition, fixed: FixedText | None,
         device="cpu",
         threads=threads,
         samples=tuple(Sample(f"{i:032x}", text) for i, text in enumerate(PROBES)),
+        files=files,
     )
     try:
-        losses = await evaluate(job, deadline_s=deadline_s, memory_bytes=memory_needed(facts, 512))
+        found = await evaluate(job, deadline_s=deadline_s, memory_bytes=memory_needed(facts, 512))
     except Rejected as error:
-        return Checked(facts, (error,))
-    failure = unfit(losses, competition.limits.round_trip_failures)
-    return Checked(facts, (failure,) if failure else (), losses)
+        return Checked(facts, (*checked.refusals, error))
+    failure = unfit(found.losses, competition.limits.round_trip_failures)
+    return Checked(facts, (*checked.refusals, *((failure,) if failure else ())), found.losses, found.tensor_digest)
+
+
+async def check_published(
+    hub: Hub,
+    listing: RepoListing,
+    competition: Competition,
+    fixed: FixedText | None,
+    models_dir: Path,
+    *,
+    threads: int,
+    deadline_s: float,
+) -> Checked:
+    """The same on a repository, in a validator's order: what the metadata refuses is not downloaded.
+
+    The files come into a folder of `models_dir`, each checked on arrival, and stay there for the next call. Raises
+    Unavailable when Hub, disk or child gave no answer.
+    """
+    model = listing.model
+    checked = await asyncio.to_thread(inspect, listing, hub.reader(model), competition, fixed)
+    if checked.facts is None or checked.refusals:
+        return checked
+    folder = models_dir / checked.facts.content_id
+    try:
+        await asyncio.to_thread(fetch, hub, listing, folder, only=checkpoint.is_content, deadline_s=deadline_s)
+    except Rejected as error:
+        return Checked(checked.facts, (error,))
+    files = tuple(f for f in listing.files if checkpoint.is_content(f.path))
+    return await check(folder, competition, fixed, threads=threads, deadline_s=deadline_s, files=files)
 
 
 async def submit(

@@ -52,6 +52,7 @@ PARTS = {
     "sn29.record_commands": "cli",
     "sn29.doctor": "cli",
     "sn29.competition_commands": "cli",
+    "sn29.check_command": "cli",
     "sn29.__main__": "cli",
     "neurons": "neurons",
 }

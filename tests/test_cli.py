@@ -121,7 +121,7 @@ def test_check_with_the_fixed_tokenizer_of_c00(make_checkpoint):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["check"], ["MODEL_DIR"]),
+        (["check"], ["MODEL"]),
         (["check", "nowhere", "--competition", "c99"], ["c99", "c00"]),
         (["check", "nowhere", "--competition", "c01"], ["nowhere"]),
         (["check", "nowhere", "--competition", "no.yaml"], ["no.yaml"]),

@@ -97,7 +97,7 @@ def test_everything_is_well_on_a_localnet(subnet, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     checks = ["python", "packages", "memory", "disk", "competitions", "wallet", "chain", "clock", "spares", "registration", "hub"]
     assert [line.split()[:2] for line in lines] == [
-        ["ok", name] for name in [*checks, "dataset", "device", "permit", "stake", "store"]
+        ["ok", name] for name in [*checks, "dataset", "device", "confinement", "permit", "stake", "store"]
     ]
     miner = [flag for flag in subnet.flags if "state" not in flag]
     assert cli.main(["doctor", "miner", *miner, "--work.dir", str(subnet.folder / "work"), "-w", "min", "--json"]) == 0

@@ -209,6 +209,7 @@ def test_server_that_ignores_range_is_cut_off() -> None:
 
     def reply(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
+        handler.send_header("X-Repo-Commit", GONE.revision)
         handler.send_header("Content-Length", str(1 << 30))
         handler.end_headers()
         try:

@@ -79,3 +79,9 @@ def test_the_readme_tells_the_demo_that_is_played():
         row = next(line for line in README.splitlines() if line.startswith("|") and miner.name in line)
         if miner.expected != "evaluated":
             assert f"`{miner.expected}`" in row
+
+
+def test_the_readme_has_every_reason_for_which_something_is_refused():
+    from sn29.errors import reasons_table
+
+    assert reasons_table() in README, "paste what `sn29 reasons` prints"

@@ -6,20 +6,25 @@ import asyncio
 import json
 import shutil
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from loguru import logger
 from loopback_node import LoopbackNode
 
 from neurons.adapters import Tokenizers, dataset_of, parse_texts, read_texts
+from sn29 import telemetry
 from sn29.chain import Chain, create_wallet
 from sn29.corpus import LocalFolder, draw
 from sn29.errors import Reason, Rejected, Unavailable
 from sn29.examination import Machine, Ports, Rules, unfit
 from sn29.hub import Hub
+from sn29.localnet.http_exchange import Wire
 from sn29.localnet.hub import LoopbackHub
+from sn29.localnet.hub_faults import Fault
 from sn29.localnet.ledger import Ledger, LedgerSubstrate
 from sn29.models import checkpoint
 from sn29.publication import Publisher, Step
@@ -128,10 +133,20 @@ def model(make_checkpoint, byte_tokenizer, tmp_path):
     return make
 
 
-def go(subnet: Subnet, state: str = "state", **machine):
+@pytest.fixture
+def events() -> Iterator[list[tuple[str, str]]]:
+    """(event, sentence) of everything that is told from here on."""
+    found: list[tuple[str, str]] = []
+    telemetry.configure(level="CRITICAL")
+    handler = logger.add(lambda m: found.append((m.record["extra"]["event"], m.record["message"])), level="INFO")
+    yield found
+    logger.remove(handler)
+
+
+def go(subnet: Subnet, state: str = "state", *, attempts: int = 1, timeout_s: float = 2, **machine):
     """One round by the validator with this state folder; (store, record of the round)."""
     store = Store(subnet.folder / state / "store.db")
-    hub = Hub(subnet.hub.endpoint, timeout_s=2, attempts=1)
+    hub = Hub(subnet.hub.endpoint, timeout_s=timeout_s, attempts=attempts, pause_s=0.05, say=telemetry.warn)
     plain = Machine(subnet.folder / state / "models", subnet.folder / state / "records", "cpu", "float32", 1, 120, 60)
 
     async def turn() -> None:
@@ -363,6 +378,172 @@ def begin(subnet: Subnet, state: str, record: RoundRecord) -> bool:
             return await begin_with(ports, record)
 
     return asyncio.run(turn())
+
+
+# --- copies by their tensors ------------------------------------------------------------------------------------------
+
+
+def repacked(source: Path) -> Path:
+    """The same tensors in other files: two shards, float32 for bfloat16, another text of the config."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(source, source.with_name(f"{source.name}-repacked"))
+    tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    for i, part in enumerate((names[::2], names[1::2])):
+        save_file({n: tensors[n] for n in part}, folder / f"model-{i + 1:05d}-of-00002.safetensors", metadata={"salt": "1"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(dict(reversed(config.items()))))
+    return folder
+
+
+def in_bfloat16(source: Path) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    return source
+
+
+def test_a_copy_that_was_packed_otherwise_belongs_to_the_older_claim_whichever_was_evaluated_first(subnet, model, events):
+    """One validator evaluates original and copy together; for the other one the original does not answer at first."""
+    original = in_bfloat16(model(seed=1))
+    subnet.publish("owner", original)
+    subnet.publish("thief", repacked(original))
+    subnet.next_window()
+    _, first = go(subnet)
+    assert reasons(subnet, first) == {"owner": "evaluated", "thief": "copy"}
+    owner, thief = (next(m for m in first.competitions["c00"].models if m.hotkey == subnet.hotkey(n)) for n in ("owner", "thief"))
+    assert owner.tensor_digest == thief.tensor_digest != ""
+    assert owner.facts.weights_id != thief.facts.weights_id
+    assert f"first committed by {owner.hotkey} at block {owner.outcome.block}" in thief.outcome.detail
+    assert thief.resembles == owner.hotkey
+    assert next(sentence for event, sentence in events if event == "suspect").endswith("alike, to 0.00%; the losses decide")
+    assert first.weights[0].by_hotkey == {owner.hotkey: 1.0}
+
+    subnet.hub.faults.set(Fault("/owner/", status=500))
+    subnet.ledger.advance(WINDOW // 4)  # a round waits so long for who does not answer
+    _, other = go(subnet, "other")
+    assert reasons(subnet, other) == {"owner": "unavailable", "thief": "evaluated"}
+    subnet.hub.faults.set()
+    subnet.next_window()
+    events.clear()
+    (store, second), (other_store, of_other) = go(subnet), go(subnet, "other")
+    assert second.competitions["c00"].models == of_other.competitions["c00"].models
+    assert reasons(subnet, second) == reasons(subnet, first)
+    assert [event for event, _ in events].count("fetched") == 3, "the thief's files are not fetched again where it is known"
+    assert second.competitions["c00"].scores == of_other.competitions["c00"].scores
+    assert store.tensor_digests() == other_store.tensor_digests()
+    assert store.claims() == other_store.claims()
+    for record in (first, other, second, of_other):
+        assert compare(record, recompute(record)) is None
+        assert decode(encode(record)) == record
+
+    assert begin(subnet, "late", second) is True
+    assert Store(subnet.folder / "late" / "store.db").tensor_digests() == store.tensor_digests()
+
+
+def test_a_round_that_is_tried_again_gives_the_same_places(subnet, model):
+    """Two places: original and copy get them. That the second is a copy is known by the next try, but not for this round."""
+    path = subnet.folder / "competitions" / "c00.yaml"
+    path.write_text(path.read_text().replace("keep: 4, pending: 4", "keep: 1, pending: 1"))
+    original = model(seed=1)
+    subnet.publish("owner", original)
+    subnet.publish("thief", repacked(original))
+    subnet.publish("ben", model(seed=2))
+    subnet.publish("hal", model(seed=3))
+    subnet.next_window()
+    subnet.hub.faults.set(Fault("/hal/", status=502))
+    with pytest.raises(Unavailable, match="1 models could not be looked at"):
+        go(subnet)
+    subnet.hub.faults.set()
+    store, record = go(subnet)
+    assert reasons(subnet, record) == {"owner": "evaluated", "thief": "copy", "ben": "waiting", "hal": "waiting"}
+    assert len(store.tensor_digests()) == 2
+    subnet.next_window()
+    _, record = go(subnet)
+    assert reasons(subnet, record) == {"owner": "evaluated", "thief": "copy", "ben": "evaluated", "hal": "waiting"}
+
+
+# --- a Hub that does what it should not -------------------------------------------------------------------------------
+
+TREE, CONFIG, RESOLVE, STORE = (
+    r"hub GET .*/{}/.*/tree/",
+    r"hub GET .*/{}/.*config",
+    r"hub GET .*/{}/.*safetensors",
+    r"store GET .*/{}/",
+)
+WIDE = {"hidden_size": 40}
+DOWNLOAD = 9
+"""Requests for the weights of a WIDE model before they are downloaded: the header in two, and the fingerprint of 7 tensors."""
+
+
+def in_turn(name: str, place: str, *faults: Fault, skip: int = 0) -> list[Fault]:
+    """Each of the faults hits one request of a miner's, the first ones or (with `skip`) the first after so many good ones."""
+    return [replace(fault, match=place.format(name), skip=skip, times=1) for fault in faults]
+
+
+def line(**wire: float) -> Fault:
+    return Fault("", wire=Wire(**wire))
+
+
+def test_every_fault_that_passes_is_survived_by_a_round_and_told(subnet, model, events):
+    """Three miners whose requests are hit by each kind of fault at least once, and nobody is refused for it."""
+    for seed, name in enumerate(("ann", "ben", "cat")):
+        subnet.publish(name, model(seed=seed, **WIDE))
+    subnet.next_window()
+    away = Fault("", status=302, headers={"Location": "https://192.0.2.1/weights"})
+    busy, full = Fault("", status=503, headers={"Retry-After": "0"}), Fault("", status=429, headers={"Retry-After": "1"})
+    other_span = Fault("", headers={"Content-Range": "bytes 0-9/10"})
+    subnet.hub.faults.set(
+        *in_turn("ann", TREE, busy, line(drop=True)),
+        *in_turn("ben", TREE, line(cut_at=20), full),
+        *in_turn("cat", TREE, away),
+        *in_turn("ann", CONFIG, Fault("", status=500), line(flip_at=7)),
+        *in_turn("ben", CONFIG, line(length_by=30), line(length_by=-30)),
+        *in_turn("cat", CONFIG, line(delay_s=30), line(stall_at=20, stall_s=30)),
+        *in_turn("ann", RESOLVE, away, Fault("", status=404), line(drop=True)),
+        *in_turn("ben", STORE, Fault("", status=403), Fault("", status=500)),
+        *in_turn("ben", STORE, other_span, skip=1),
+        *in_turn("ann", STORE, line(cut_at=100_000), Fault("", ignore_range=True), skip=DOWNLOAD),
+        *in_turn("ben", STORE, line(flip_at=70_000), skip=DOWNLOAD),
+        *in_turn("cat", STORE, line(stall_at=50_000, stall_s=30), line(length_by=-20_000), skip=DOWNLOAD),
+    )
+    _, record = go(subnet, attempts=4, timeout_s=1, silence_s=1)
+    assert reasons(subnet, record) == dict.fromkeys(("ann", "ben", "cat"), "evaluated")
+    assert set(subnet.hub.faults.hits()) == {1}
+    told = Counter(event for event, _ in events)
+    assert told["hub retry"] >= 15
+    assert told["download cut"] >= 4
+    assert (told["hub limit"], told["wrong bytes"]) == (1, 1), "a length that is too long and a forgotten Range do no harm"
+    assert {"refused", "unavailable", "bug"}.isdisjoint(told)
+
+
+def test_a_repository_that_changes_in_the_middle_of_a_round_has_its_reason_and_harms_nobody(subnet, model, events):
+    """When their weights are asked for they are gone, private, gated and rewritten; of hal the Hub says nothing at all."""
+    changes = {"dan": "delete", "eve": "private", "fay": "gated", "gus": "squash"}
+    for seed, name in enumerate(("ann", *changes, "hal")):
+        subnet.publish(name, model(seed=seed, **WIDE))
+    subnet.next_window()
+    now = [Fault(STORE.format(name), DOWNLOAD, 1, change, wire=Wire(drop=True)) for name, change in changes.items()]
+    subnet.hub.faults.set(*now, Fault("/hal/", status=502))
+    with pytest.raises(Unavailable, match="1 models could not be looked at"):
+        go(subnet)
+    said = sorted(sentence for event, sentence in events if event == "refused")
+    assert [reason.sentence in one for reason, one in zip(GONE, said, strict=True)] == [True] * 4
+    subnet.hub.faults.set()
+    events.clear()
+    _, record = go(subnet)
+    assert reasons(subnet, record) == {
+        "ann": "evaluated", "dan": "repository_gone", "eve": "repository_gone", "fay": "repository_closed",
+        "gus": "revision_gone", "hal": "evaluated",
+    }  # fmt: skip
+    assert [event for event, _ in events].count("fetched") == 1, "what was measured is known"
+    assert compare(record, recompute(record)) is None
+
+
+GONE = (Reason.REPOSITORY_GONE, Reason.REPOSITORY_GONE, Reason.REPOSITORY_CLOSED, Reason.REVISION_GONE)
 
 
 def test_what_makes_a_model_unfit_is_decided_over_the_whole_window():

@@ -38,6 +38,13 @@ def changed(text: bytes, change: object) -> bytes:
     return canonical(data)
 
 
+def without_digests(data: dict) -> None:
+    """What schema 3 has of a model."""
+    for kept in data["competitions"].values():
+        for model in kept["models"]:
+            del model["tensor_digest"], model["resembles"]
+
+
 def test_a_record_comes_back_as_it_was_to_the_bit(record: RoundRecord) -> None:
     text = encode(record)
     again = decode(text)
@@ -84,7 +91,10 @@ def test_strange_floats_and_texts_survive(record: RoundRecord) -> None:
         (lambda d: d["head"].update(block=True), "a whole number"),
         (lambda d: d["weights"]["0"]["by_hotkey"].update(ann=1), "record.weights.0.by_hotkey.ann"),
         (lambda d: d["weights"].update({"00": d["weights"]["0"]}), "the key '00'"),
-        (lambda d: d.update(schema=2), "record.last_weights.0"),
+        (lambda d: d.update(schema=2), "the field tensor_digest"),
+        (lambda d: d.update(schema=3), "the field tensor_digest"),
+        (lambda d: (d.update(schema=2), without_digests(d)), "record.last_weights.0"),
+        (lambda d: without_digests(d), "tensor_digest"),
         (lambda d: d["competitions"]["c00"]["models"][0]["losses"].append(1.0), "41 losses"),
         (lambda d: d["competitions"]["c00"]["models"][0]["losses"].__setitem__(3, -1.0), "negative"),
         (lambda d: d["competitions"]["c00"]["models"][0]["losses"].__setitem__(3, "5"), "losses[3]"),
@@ -152,7 +162,14 @@ def test_what_contradicts_itself_cannot_be_made(record: RoundRecord) -> None:
         encode(replace(record, competitions={"c00": replace(kept, memory_after={"a": math.nan})}))
 
 
-def test_a_record_of_the_schema_before_is_read_with_its_weights_for_mechanism_0() -> None:
+def test_a_record_of_schema_3_is_read_without_digests(record: RoundRecord) -> None:
+    text = changed(encode(record), lambda d: (d.update(schema=3), without_digests(d)))
+    assert decode(text) == record
+    with pytest.raises(Rejected, match="another spelling"):
+        decode(text.replace(b'"schema":3', b'"schema": 3'))
+
+
+def test_a_record_of_schema_2_is_read_with_its_weights_for_mechanism_0() -> None:
     """Two rounds that follow on each other, as schema 2 had them written."""
     texts = [(VECTORS / f"round_record_schema2_{name}.json").read_bytes() for name in ("first", "second")]
     first, second = (decode(text) for text in texts)
@@ -160,7 +177,7 @@ def test_a_record_of_the_schema_before_is_read_with_its_weights_for_mechanism_0(
     assert (first.last_weights, second.last_weights) == ({}, first.weights)
     assert first.weights == {0: Weights(7560, {"ann": 1.0})}
     assert all(decode(encode(record)) == record for record in (first, second))
-    assert all(json.loads(encode(record))["schema"] == 3 for record in (first, second))
+    assert all(json.loads(encode(record))["schema"] == 4 for record in (first, second))
     for text in texts:
         data = json.loads(text)
         for other in (data | {"schema": 3}, data | {"weights": {"0": data["weights"]}}, data | {"weights": None}):

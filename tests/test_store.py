@@ -6,14 +6,15 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sn29.errors import Reason, Rejected
-from sn29.records import Commitment, Head, Identity, Loss, ModelId, Outcome, Weights
+from sn29.records import Commitment, Head, Identity, Loss, ModelFacts, ModelId, Outcome, RepoFile, RepoListing, Weights
 from sn29.round_record import RoundRecord
-from sn29.store import ChainSeen, Sent, Standing, Store
+from sn29.store import ChainSeen, Sent, Standing, Store, StoredRepository
 
 COMMITMENT = Commitment("5Alice", 7, ModelId("alice", "model", "a" * 40), "A" * 43 + "=", "c00")
 
@@ -60,6 +61,36 @@ def test_a_verdict_holds_for_its_commitment_and_its_rules(store, tmp_path):
     assert store.verdict("5Alice", 7, COMMITMENT.encode(), "rules 1") == outcome
     assert store.verdict("5Alice", 7, COMMITMENT.encode(), "rules 2") is None
     assert store.verdict("5Alice", 8, COMMITMENT.encode(), "rules 1") is None
+
+
+FACTS = ModelFacts("content", "weights", "LlamaForCausalLM", 100, 400, 300, 32, 2, 1, True)
+
+
+def test_what_was_seen_of_a_revision_is_known_again_to_the_software_that_read_it(store, tmp_path):
+    model = COMMITMENT.model
+    listing = RepoListing(model, (RepoFile("config.json", 3, "git:" + "1" * 40), RepoFile("é.json", 0, "git:" + "2" * 40)))
+    assert store.repository(model, read_by="sn29 1") is None
+    store.keep_repository(listing, None, read_by="sn29 1")
+    assert store.repository(model, read_by="sn29 1") == StoredRepository(listing, None)
+    store.keep_repository(listing, FACTS, read_by="sn29 1")
+    store = reopened(store, tmp_path)
+    assert store.repository(model, read_by="sn29 1") == StoredRepository(listing, FACTS)
+    assert store.repository(model, read_by="sn29 2") == StoredRepository(listing, None)
+    assert store.repository(replace(model, revision="b" * 40), read_by="sn29 1") is None
+
+
+def test_a_content_has_its_digest_and_its_fingerprint_whichever_comes_first(store, tmp_path):
+    store.keep_fingerprint("one", "print")
+    store.keep_tensor_digest("one", "digest", 2000)
+    store.keep_tensor_digest("two", "other", 1000)
+    store.keep_fingerprint("two", "another")
+    store.keep_fingerprint("three", "alone")
+    store.keep_tensor_digest("two", "newer", 2000)
+    store = reopened(store, tmp_path)
+    assert [store.fingerprint(name) for name in ("one", "two", "three", "four")] == ["print", "another", "alone", None]
+    assert [store.tensor_digest(name) for name in ("one", "two", "three")] == ["digest", "newer", None]
+    assert store.tensor_digests() == {"one": "digest", "two": "newer"}
+    assert store.tensor_digests(before=2000) == {"two": "newer"}
 
 
 def test_failures_are_counted_across_restarts(store, tmp_path):
@@ -187,7 +218,7 @@ insert into round values (7920, '{"block": 7920}', null, null);
 """
 
 
-def test_a_store_of_the_schema_before_is_brought_up_to_date(tmp_path):
+def test_a_store_of_schema_2_is_brought_up_to_date(tmp_path):
     """A round's record of then is read too, and decides the same."""
     path = tmp_path / "store.db"
     text = (Path(__file__).parent / "vectors" / "round_record_schema2_first.json").read_text()
@@ -205,6 +236,23 @@ def test_a_store_of_the_schema_before_is_brought_up_to_date(tmp_path):
         assert [r.block for r in store.open_rounds()] == [7920]
         assert store.rounds()[0].record.weights == {0: Weights(7560, {"ann": 1.0})}
         assert store.first_decided() == 7560
+        assert store.tensor_digests() == {}
+        store.close()
+
+
+def test_a_store_of_schema_3_is_brought_up_to_date(store, tmp_path):
+    """It lacks two tables; all else is as it was."""
+    store.keep_losses("content", "tokenizer", "p", [Loss("s1", 1.5, 3, "")])
+    store.close()
+    path = tmp_path / "state" / "store.db"
+    with sqlite3.connect(path) as db:
+        db.executescript("drop table repository; drop table content; update meta set value = '3' where key = 'schema'")
+    db.close()
+    with pytest.raises(Rejected, match="start the validator once"):
+        Store(path, read_only=True)
+    for store in (Store(path), Store(path, read_only=True)):
+        assert store.count_losses() == 1
+        assert store.tensor_digests() == {}
         store.close()
 
 

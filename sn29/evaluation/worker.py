@@ -1,8 +1,8 @@
 """A stranger's model is tokenised and evaluated in a child process: no wallet, no token, no network, bounded time and memory.
 
     parent   evaluate(job, ...)  writes job.json, starts `python -m sn29.evaluation.worker job.json`, waits with a deadline
-    child    limits itself, loads, evaluates, writes the result to a file in one rename, exits
-    parent   reads the file: losses, or Rejected with the child's reason; no file means Unavailable (crash or deadline)
+    child    confines itself, checks the files, tokenises, loads, probes, evaluates, writes the result in one rename, exits
+    parent   reads the file: Evaluated, or Rejected with the child's reason; no file means ChildEnded, with how it ended
 
 A file and not a pipe: results of any size, and nothing that the child does can block the parent.
 """
@@ -11,24 +11,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import math
 import os
-import resource
+import re
 import signal
+import stat
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sn29.errors import Reason, Rejected, Unavailable
-from sn29.records import Loss, ModelFacts, Sample
+from sn29.errors import Reason, Rejected, Unavailable, shown
+from sn29.evaluation.confinement import Limits, bounded, confine, lift_memory_limit
+from sn29.evaluation.probes import Probes, changed_file, probe
+from sn29.models.checkpoint import is_content, load, tensor_digest
+from sn29.records import Loss, ModelFacts, RepoFile, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BASE_BYTES = 3 << 30
 """Memory a child needs beside the model and its activations: the libraries' private data, measured below 1 GiB, with room."""
+TOKENIZER_CPU_S, TOKENIZER_CPU_S_A_MB = 20.0, 4.0
+"""CPU seconds to load a tokenizer (cl100k: 1.2) and to read each MB of text and back (cl100k: 0.6); dearer ones are ended."""
+TOKENIZER_BYTES, TOKENIZER_BYTES_A_MB = 640 << 20, 256 << 20
+"""Memory for the same (cl100k: 0.14 GB; 200,000 entries in 17 MB: 0.31 GB)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +60,62 @@ class Job:
     threads: int
     """CPU threads of the child."""
     samples: tuple[Sample, ...]
+    files: tuple[RepoFile, ...] = ()
+    """The checkpoint's files as the Hub lists them: hashed again in the child. None: a folder that nobody has listed."""
 
 
-class TooLate(Unavailable):
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What a child found."""
+
+    losses: tuple[Loss, ...]
+    """Of the job's samples, in their order; +inf with a reason where there is none."""
+    tensor_digest: str
+    """Canonical identity of the weights that were scored (`checkpoint.tensor_digest`)."""
+    probes: Probes
+
+    def __iter__(self) -> Iterator[Loss]:
+        return iter(self.losses)
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+
+class Ending(Enum):
+    """How a child ended that left no result."""
+
+    DEADLINE = "had not ended by its deadline"
+    CPU_TIME = "used up its processor time"
+    TOKENIZER = "read the texts too slowly with the model's tokenizer"
+    MEMORY = "ran out of the memory that it may use"
+    DEVICE = "could not use its GPU"
+    ABORT = "was given up by a library (abort)"
+    FAULT = "broke off at a fault of memory or arithmetic"
+    KILLED = "was killed from outside"
+    ERROR = "ended with an error"
+
+
+class ChildEnded(Unavailable):
+    """The child left no result: of the model nothing is known, and the machine may be at fault."""
+
+    def __init__(self, ending: Ending, detail: str) -> None:
+        super().__init__("evaluation", f"the child {ending.value}: {shown(detail, 200)}")
+        self.ending = ending
+
+
+class TooLate(ChildEnded):
     """The child had not ended by its deadline."""
+
+    def __init__(self, deadline_s: float) -> None:
+        super().__init__(Ending.DEADLINE, f"no result within {deadline_s:.0f} s")
+
+
+class FileChanged(Unavailable):
+    """A file on this machine's disk is not the one that was fetched: fetch it again."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("evaluation", f"{shown(path)} is not the file that was fetched: its hash is another one")
+        self.path = path
 
 
 def memory_needed(facts: ModelFacts, max_tokens: int) -> int:
@@ -59,12 +123,16 @@ def memory_needed(facts: ModelFacts, max_tokens: int) -> int:
     return BASE_BYTES + 12 * facts.num_parameters + 12 * max_tokens * facts.vocab_size
 
 
-async def evaluate(job: Job, *, deadline_s: float, memory_bytes: int) -> tuple[Loss, ...]:
-    """The losses of the job's samples, in their order; +inf with a reason where there is none.
+async def evaluate(job: Job, *, deadline_s: float, memory_bytes: int) -> Evaluated:
+    """The losses of the job's samples, with the identity of what was scored and what the probes found.
 
-    Raises Rejected with the reason that the child found, TooLate, or Unavailable when it crashed or ran out of memory.
+    Raises Rejected with the reason that the child found, ChildEnded (TooLate at the deadline) when it left no result, and
+    FileChanged when a file is not the listed one: whatever else the child found is void then.
     """
-    return _read_result(await _run_child(asdict(job), deadline_s, memory_bytes), job.samples)
+    with tempfile.TemporaryDirectory(prefix="sn29-evaluation-") as folder:
+        task = write_job(job, Path(folder), memory_bytes, deadline_s)
+        await _run_child(task, deadline_s)
+        return read_result(Path(folder), job.samples)
 
 
 async def self_test(*, device: str, dtype: str, threads: int, deadline_s: float = 300) -> None:
@@ -72,54 +140,119 @@ async def self_test(*, device: str, dtype: str, threads: int, deadline_s: float 
 
     A driver fault or a full GPU must never look like a fault of a miner's model.
     """
-    job = {"self_test": True, "device": device, "dtype": dtype, "threads": threads}
-    await _run_child(job, deadline_s, BASE_BYTES)
-
-
-async def _run_child(job: dict[str, Any], deadline_s: float, memory_bytes: int) -> dict[str, Any]:
-    """What the child wrote into its result file."""
+    test = {"self_test": True, "device": device, "dtype": dtype, "threads": threads}
     with tempfile.TemporaryDirectory(prefix="sn29-evaluation-") as folder:
-        task, result, errors = Path(folder, "job.json"), Path(folder, "result.json"), Path(folder, "errors")
-        task.write_text(json.dumps({**job, "result": str(result), "memory_bytes": memory_bytes}))
-        with errors.open("wb") as stderr:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "sn29.evaluation.worker", str(task),
-                env=_environment(folder), cwd=folder, start_new_session=True,
-                stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=stderr,
-            )  # fmt: skip
-        try:
-            await asyncio.wait_for(process.wait(), deadline_s)
-        except TimeoutError:
-            raise TooLate("evaluation", f"no result within {deadline_s:.0f} s") from None
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # the whole group, also when we are cancelled
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
-        if not result.exists():
-            last = errors.read_text(errors="replace")[-4000:].strip().splitlines()[-1:] or ["no message"]
-            raise Unavailable("evaluation", f"the child ended with {process.returncode}: {last[0][:200]}")
-        return dict(json.loads(result.read_text()))
+        await _run_child(_write(test, Path(folder), BASE_BYTES, deadline_s), deadline_s)
+
+
+# --- a child's folder: job.json, result.json, errors -------------------------------------------------------------------
+
+_RESULT = "result.json"
+
+
+def write_job(job: Job, folder: Path, memory_bytes: int, deadline_s: float) -> Path:
+    """What the child reads; its only argument."""
+    return _write(asdict(job), folder, memory_bytes, deadline_s)
+
+
+def _write(job: dict[str, Any], folder: Path, memory_bytes: int, deadline_s: float) -> Path:
+    task = folder / "job.json"
+    task.write_text(json.dumps({**job, "result": str(folder / _RESULT), "memory_bytes": memory_bytes, "deadline_s": deadline_s}))
+    return task
+
+
+def read_result(folder: Path, samples: Sequence[Sample]) -> Evaluated:
+    """What the child wrote. Raises Rejected, FileChanged, or ChildEnded when it is no result."""
+    path = folder / _RESULT
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode) or path.lstat().st_size > _file_bytes(len(samples)):
+            raise ValueError("not a file, or too large")
+        return _read_result(json.loads(path.read_text()), samples)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ChildEnded(Ending.ERROR, f"no result that can be read ({type(error).__name__}: {error})") from None
+
+
+def _read_result(result: dict[str, Any], samples: Sequence[Sample]) -> Evaluated:
+    if "changed" in result:
+        raise FileChanged(result["changed"])
+    if "rejected" in result:
+        reason, got, limit, where = result["rejected"]
+        raise Rejected(Reason[reason], got, limit, where)
+    losses = tuple(
+        Loss(sample.id, math.inf if nats is None else nats, tokens, reason)
+        for sample, (nats, tokens, reason) in zip(samples, result["losses"], strict=True)
+    )
+    places, influence, tolerance = result["probes"]
+    return Evaluated(losses, result["tensor_digest"], Probes(tuple(places), influence, tolerance))
+
+
+def _file_bytes(num_samples: int) -> int:
+    """Largest file that a child may write."""
+    return (64 << 20) + 1024 * num_samples
+
+
+async def _run_child(task: Path, deadline_s: float) -> None:
+    """Returns when the child has left a result. Raises ChildEnded."""
+    folder = task.parent
+    errors = folder / "errors"
+    with errors.open("wb") as stderr:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "sn29.evaluation.worker", str(task),
+            env=_environment(str(folder)), cwd=folder, start_new_session=True,
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=stderr,
+        )  # fmt: skip
+    try:
+        await asyncio.wait_for(process.wait(), deadline_s)
+    except TimeoutError:
+        raise TooLate(deadline_s) from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the whole group, also when we are cancelled
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+    if process.returncode != 0 or not (folder / _RESULT).exists():
+        with errors.open("rb") as said:
+            said.seek(max(0, errors.stat().st_size - 4000))
+            last = said.read().decode(errors="replace").strip()
+        raise ended(process.returncode or 0, last)
+
+
+_OF_MEMORY = re.compile(
+    r"MemoryError|annot allocate memory|can't allocate memory|memory allocation of \d+ bytes|bad_alloc|out of memory"
+    r"|OutOfMemory|too many memory regions|can't start new thread"
+)
+_OF_DEVICE = re.compile(r"CUDA|cuDNN|CUBLAS|NVRM|NCCL")
+_OF_SIGNAL = {
+    signal.SIGXCPU: Ending.CPU_TIME, signal.SIGPROF: Ending.TOKENIZER, signal.SIGKILL: Ending.KILLED,
+    signal.SIGABRT: Ending.ABORT, signal.SIGSEGV: Ending.FAULT, signal.SIGBUS: Ending.FAULT, signal.SIGILL: Ending.FAULT,
+    signal.SIGFPE: Ending.FAULT,
+}  # fmt: skip
+
+
+def ended(status: int, errors: str) -> ChildEnded:
+    """How a child without a result ended: exit status (below 0 a signal) and the end of what it said."""
+    last = (errors.splitlines() or ["no message"])[-1]
+    sent = signal.Signals(-status).name if status < 0 and -status in {*signal.Signals} else f"exit status {status}"
+    if _OF_MEMORY.search(errors):
+        ending = Ending.MEMORY
+    elif status < 0:
+        ending = _OF_SIGNAL.get(signal.Signals(-status) if -status in {*signal.Signals} else signal.SIGKILL, Ending.KILLED)
+    else:
+        ending = Ending.DEVICE if _OF_DEVICE.search(last) else Ending.ERROR
+    return ChildEnded(ending, f"{sent}, {last}")
 
 
 def _environment(home: str) -> dict[str, str]:
     """What the child may know: where programs and libraries are, and nothing of the validator (no token, no wallet, no home)."""
     kept = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "CUDA_VISIBLE_DEVICES", "VIRTUAL_ENV")
-    alone = {"HOME": home, "HF_HOME": home, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    alone = {
+        "HOME": home, "HF_HOME": home, "TMPDIR": home, "XDG_CACHE_HOME": home, "CUDA_CACHE_PATH": f"{home}/cuda",
+        "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }  # fmt: skip
     found = {name: os.environ[name] for name in kept if name in os.environ}
     if "PYTHONPATH" in found:  # the child works in another folder
         found["PYTHONPATH"] = os.pathsep.join(os.path.abspath(part) for part in found["PYTHONPATH"].split(os.pathsep) if part)
     return found | alone
-
-
-def _read_result(result: dict[str, Any], samples: Sequence[Sample]) -> tuple[Loss, ...]:
-    if "rejected" in result:
-        reason, got, limit, where = result["rejected"]
-        raise Rejected(Reason[reason], got, limit, where)
-    rows = result["losses"]
-    return tuple(
-        Loss(sample.id, math.inf if nats is None else nats, tokens, reason)
-        for sample, (nats, tokens, reason) in zip(samples, rows, strict=True)
-    )
 
 
 # --- in the child -----------------------------------------------------------------------------------------------------
@@ -128,61 +261,105 @@ def _read_result(result: dict[str, Any], samples: Sequence[Sample]) -> tuple[Los
 def main() -> None:
     """Entry point of the child."""
     job = json.loads(Path(sys.argv[1]).read_text())
-    _confine(job["memory_bytes"], job["device"])
-    try:
-        outcome: dict[str, Any] = {"passed": _self_test(job)} if job.get("self_test") else {"losses": _losses(job)}
-    except Rejected as error:
-        outcome = {"rejected": [error.reason.name, error.got, error.limit, error.where]}
+    confine(_limits(job))
+    outcome = {"passed": _self_test(job)} if job.get("self_test") else _examine(job)
     result = Path(job["result"])
     part = result.with_suffix(".part")
     part.write_text(json.dumps(outcome))
     part.rename(result)
 
 
-def _confine(memory_bytes: int, device: str) -> None:
-    """Dies with its parent; no core files, bounded memory, no sockets, an empty network namespace if the machine allows one."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    die_with_parent = 1  # PR_SET_PDEATHSIG: a validator that is killed leaves no child behind
-    libc.prctl(die_with_parent, signal.SIGKILL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    hard = memory_bytes if device == "cpu" else resource.RLIM_INFINITY
-    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, hard))
-    new_user, new_network = 0x10000000, 0x40000000
-    if libc.unshare(new_network) != 0:  # only root may; others become root of a user namespace of their own
-        libc.unshare(new_user | new_network)
-    sys.addaudithook(_no_sockets)
+def _limits(job: dict[str, Any]) -> Limits:
+    readable = (job["checkpoint"], job["tokenizer"]) if "checkpoint" in job else ()
+    return Limits(
+        memory_bytes=job["memory_bytes"],
+        cpu_s=int(job.get("deadline_s", 3600) * (job["threads"] + 1)) + 10,  # one thread more hashes the files
+        file_bytes=_file_bytes(len(job.get("samples", ()))),
+        folder=str(Path(job["result"]).parent),
+        readable=readable,
+        device=job["device"],
+    )
 
 
-def _no_sockets(event: str, _: object) -> None:
-    if event in ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto"):
-        raise PermissionError(f"{event} in the evaluation child")
+def _examine(job: dict[str, Any]) -> dict[str, Any]:
+    """The result: losses with digest and probes, or what is wrong. A file that has changed voids all else."""
+    folder = Path(job["checkpoint"])
+    oids = {file["path"]: file["oid"] for file in job["files"] if is_content(file["path"])}  # a README is not fetched
+    heavy = {name for name in oids if name.endswith(".safetensors")}
+    if changed := changed_file(folder, oids, sorted(oids.keys() - heavy)):
+        return {"changed": changed}
+    try:  # before torch is imported: its memory would blur the tokenizer's bound
+        encoded, problems, largest = _tokenise(job)
+    except Rejected as error:
+        return _refusal(error)
+    if job["device"] != "cpu":
+        lift_memory_limit()
+    with ThreadPoolExecutor(1) as beside:  # hashing goes on while the device computes
+        unchanged = beside.submit(changed_file, folder, oids, sorted(heavy))
+        try:
+            model = _load(job, largest)
+            identity = beside.submit(_tensor_digest, job)
+            probes = probe(model, " ".join(sample["id"] for sample in job["samples"]))
+            found = {
+                "losses": _losses(job, model, encoded, problems),
+                "probes": [probes.places, probes.influence, probes.tolerance],
+                "tensor_digest": identity.result(),
+            }
+        except Rejected as error:
+            found = _refusal(error)
+        changed = unchanged.result()
+    return {"changed": changed} if changed else found
 
 
-def _losses(job: dict[str, Any]) -> list[tuple[float | None, int, str]]:
-    """(nats or None for +inf, tokens, reason) of each sample."""
-    import torch
+def _refusal(error: Rejected) -> dict[str, Any]:
+    return {"rejected": [error.reason.name, error.got, error.limit, error.where]}
 
-    from sn29.evaluation.engine import all_nats
-    from sn29.models.checkpoint import load
+
+def _tokenise(job: dict[str, Any]) -> tuple[list[list[int]], list[str], int]:
+    """Ids and problem (or nothing) of each sample, in bounded time and memory, and the largest id that needs a row.
+
+    A miner's own tokenizer needs a row for every id that it can give. Raises Rejected.
+    """
     from sn29.models.tokenizer import Tokenizer
 
-    torch.set_num_threads(job["threads"])
-    tokenizer = Tokenizer.load(Path(job["tokenizer"]))
     texts = [sample["text"] for sample in job["samples"]]
-    encoded = [tokenizer.encode(text) for text in texts]
-    problems = [
-        "round_trip" if not tokenizer.round_trips(text, ids) else "too_long" if len(ids) > job["max_tokens"] else ""
-        for text, ids in zip(texts, encoded, strict=True)
-    ]
-    if job["device"] != "cpu":  # tokenised within bounds; a CUDA context reserves address space far beyond what it uses
-        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    with bounded(
+        cpu_s=TOKENIZER_CPU_S + TOKENIZER_CPU_S_A_MB * megabytes,
+        more_bytes=TOKENIZER_BYTES + int(TOKENIZER_BYTES_A_MB * megabytes),
+    ):
+        tokenizer, largest = Tokenizer.load(Path(job["tokenizer"])), job["start_token"]
+        if Path(job["tokenizer"]).parent == Path(job["checkpoint"]):  # the miner's, not the competition's
+            largest = max(largest, tokenizer.largest_id())
+            tokenizer.check_lossless()
+        encoded = [tokenizer.encode(text) for text in texts]
+        problems = [
+            "round_trip" if not tokenizer.round_trips(text, ids) else "too_long" if len(ids) > job["max_tokens"] else ""
+            for text, ids in zip(texts, encoded, strict=True)
+        ]
+    return encoded, problems, max(largest, *(max(ids, default=0) for ids in encoded), 0)
+
+
+def _load(job: dict[str, Any], largest: int) -> PreTrainedModel:
+    """The model. Raises Rejected as `checkpoint.load`, and VOCABULARY for an id that it has no row for."""
+    import torch
+
+    torch.set_num_threads(job["threads"])
     model = load(Path(job["checkpoint"]), dtype=getattr(torch, job["dtype"]), device=job["device"])
-    rows, largest = (
-        model.get_input_embeddings().num_embeddings,
-        max((max(ids, default=0) for ids in encoded), default=0),
-    )
-    if max(largest, job["start_token"]) >= rows:
-        raise Rejected(Reason.VOCABULARY, f"{rows} rows", f"an id of {max(largest, job['start_token'])} occurs")
+    rows = model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise Rejected(Reason.VOCABULARY, f"{rows} rows", f"a row for the id {largest}")
+    return model
+
+
+def _tensor_digest(job: dict[str, Any]) -> str:
+    return tensor_digest(Path(job["checkpoint"]), threads=1 if job["device"] == "cpu" else job["threads"])
+
+
+def _losses(job: dict[str, Any], model: PreTrainedModel, encoded: list[list[int]], problems: list[str]) -> list[Any]:
+    """(nats or None for +inf, tokens, reason) of each sample."""
+    from sn29.evaluation.engine import all_nats
+
     good = [ids for ids, problem in zip(encoded, problems, strict=True) if not problem]
     nats = iter(all_nats(model, good, job["start_token"]))
     found = [math.inf if problem else next(nats) for problem in problems]
@@ -193,7 +370,7 @@ def _losses(job: dict[str, Any]) -> list[tuple[float | None, int, str]]:
 
 
 def _self_test(job: dict[str, Any]) -> bool:
-    """A tiny Llama with random weights gives finite losses on the device."""
+    """A tiny Llama with random weights passes the probes and gives finite losses on the device."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -201,11 +378,15 @@ def _self_test(job: dict[str, Any]) -> bool:
 
     torch.set_num_threads(job["threads"])
     if job["device"] != "cpu":
-        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        lift_memory_limit()
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
     )
     model = LlamaForCausalLM(config).to(device=job["device"], dtype=getattr(torch, job["dtype"])).eval()
+    try:
+        probe(model, "self-test")
+    except Rejected as error:
+        raise RuntimeError(f"this machine: {error}") from None
     if not all(map(math.isfinite, all_nats(model, [[1, 2, 3]], 0))):
         raise RuntimeError("the self-test's loss is not finite")
     return True

@@ -1,4 +1,7 @@
-"""HTTP/1.1 on loopback with the standard library: a request in, a reply out, byte ranges, files sent by the kernel."""
+"""HTTP/1.1 on loopback with the standard library: a request in, a reply out, byte ranges, files sent by the kernel.
+
+A reply may ask for a `Wire` that spoils it on its way, so that clients can be tried against bad lines.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,18 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import BufferedIOBase
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 MAX_BODY_IN_MEMORY = 256 << 20
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_PIECE = 64 << 10
 
 
 class Body:
@@ -72,10 +77,35 @@ class FileSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class Wire:
+    """What happens to a reply on its way. Offsets count the bytes of this reply's body."""
+
+    delay_s: float = 0.0
+    """Silence before the first byte of the reply."""
+    drop: bool = False
+    """The connection is closed and nothing is said; the request was done all the same."""
+    cut_at: int | None = None
+    """The connection is closed after so many bytes."""
+    stall_at: int | None = None
+    """Silence of `stall_s` before this byte."""
+    stall_s: float = 0.0
+    flip_at: int | None = None
+    """This byte has another lowest bit."""
+    length_by: int = 0
+    """Content-Length says so many bytes more (and the line ends early) or fewer (and the body is cut to fit)."""
+    bytes_per_s: float | None = None
+
+
+WIRE = Wire()
+"""The good line."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     status: int = 200
     body: bytes | FileSpan = b""
     headers: Mapping[str, str] = field(default_factory=dict)
+    wire: Wire = WIRE
 
     @property
     def num_bytes(self) -> int:
@@ -127,6 +157,7 @@ class HttpServer:
 
     def stop(self) -> None:
         """Close the port and every open connection."""
+        self._server.stopping.set()
         if self._thread.is_alive():
             self._server.shutdown()
             self._thread.join()
@@ -142,6 +173,7 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.stopping = threading.Event()
         self._connections: set[socket.socket] = set()
         self._guard = threading.Lock()
 
@@ -187,23 +219,52 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _exchange
 
     def _send(self, reply: Reply) -> None:
+        wire = reply.wire
+        self.server.stopping.wait(wire.delay_s)
+        self.close_connection = self.close_connection or wire.drop or wire.cut_at is not None or wire.length_by > 0
+        if wire.drop:
+            return
         try:
             self.send_response(reply.status)
             for name, value in reply.headers.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(reply.num_bytes))
+            self.send_header("Content-Length", str(max(0, reply.num_bytes + wire.length_by)))
             if self.close_connection:
                 self.send_header("Connection", "close")
             self.end_headers()
             if self.command == "HEAD":
                 return
-            if isinstance(reply.body, bytes):
+            if wire != WIRE:
+                for data in self._spoiled(reply):
+                    self.wfile.write(data)
+            elif isinstance(reply.body, bytes):
                 self.wfile.write(reply.body)
-                return
-            with reply.body.path.open("rb") as file:
-                self.connection.sendfile(file, reply.body.start, reply.body.length or None)
+            else:
+                with reply.body.path.open("rb") as file:
+                    self.connection.sendfile(file, reply.body.start, reply.body.length or None)
         except (ConnectionError, TimeoutError):
             self.close_connection = True  # the client went away: its own affair
+
+    def _spoiled(self, reply: Reply) -> Iterator[bytes]:
+        """The body's pieces, as the wire lets them through."""
+        wire, body, at = reply.wire, reply.body, 0
+        end = reply.num_bytes + min(0, wire.length_by)
+        end = end if wire.cut_at is None else min(end, wire.cut_at)
+        with nullcontext(BytesIO(body)) if isinstance(body, bytes) else body.path.open("rb") as source:
+            source.seek(body.start if isinstance(body, FileSpan) else 0)
+            while at < end:
+                if at == wire.stall_at:
+                    self.server.stopping.wait(wire.stall_s)
+                stop = min(end, at + _PIECE)
+                if wire.stall_at is not None and at < wire.stall_at:
+                    stop = min(stop, wire.stall_at)
+                data = bytearray(source.read(stop - at))
+                if wire.flip_at is not None and at <= wire.flip_at < stop:
+                    data[wire.flip_at - at] ^= 1
+                yield bytes(data)
+                if wire.bytes_per_s:
+                    self.server.stopping.wait(len(data) / wire.bytes_per_s)
+                at = stop
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on stderr: the Hub keeps its own record of requests."""

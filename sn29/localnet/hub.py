@@ -2,6 +2,7 @@
 
     repos/models|datasets/NAMESPACE/NAME.git   a bare git repository each, large files under its lfs/objects
     users/TOKEN                                holds the name of the user whose token it is
+    admin                                      token of whoever may set faults: see `hub_faults`
     tmp/                                       what was being written; emptied at start
 
 Two ports, as in production: the Hub answers a request for a large file with a redirect to the store, another origin,
@@ -22,12 +23,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote
 
 from sn29.localnet.git_objects import GitRepository, write_whole
 from sn29.localnet.http_exchange import HttpServer, Refusal, Reply, Request, as_content, as_json
+from sn29.localnet.hub_faults import Change, Fault, Faults
 from sn29.localnet.hub_repository import (
     LARGE_FILE_SUFFIXES,
     HubRepository,
@@ -57,7 +59,8 @@ class Served:
     range: str
     status: int
     num_bytes: int
-    """Of the reply's body, or of the request's for a PUT."""
+    """Of the reply's body as it should be, or of the request's for a PUT."""
+    faulty: bool = False
 
 
 def add_user(folder: Path, name: str) -> str:
@@ -95,6 +98,9 @@ class LoopbackHub:
             (folder / part).mkdir(mode=0o700, parents=True, exist_ok=True)
         for left in (folder / "tmp").iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
+        self._admin = secrets.token_hex(16)
+        write_whole(folder / "admin", self._admin.encode())
+        self.faults = Faults()
         self.served: deque[Served] = deque(maxlen=10_000)
         """The latest requests, oldest first."""
 
@@ -121,23 +127,61 @@ class LoopbackHub:
 
     def answer(self, request: Request) -> Reply:
         """The one function that every request of both ports passes: the place to delay, refuse or falsify replies."""
-        try:
-            reply = self._route(request)
-        except Refusal as refusal:
-            reply = refusal.reply
+        admin = request.path.startswith("/admin/")
+        fault = None if admin else self.faults.due(f"{request.port} {request.method} {request.path}")
+        reply = self._faulty(request, fault) if fault else self._route(request)
         sent = 0 if request.method == "HEAD" else reply.num_bytes
         size = request.body_bytes if request.method == "PUT" else sent
         span = request.headers.get("range", "")
-        self.served.append(Served(request.port, request.method, request.path, span, reply.status, size))
+        self.served.append(Served(request.port, request.method, request.path, span, reply.status, size, fault is not None))
         return reply
 
+    def _faulty(self, request: Request, fault: Fault) -> Reply:
+        if fault.change:
+            self._happen(fault.change, request)
+        if fault.ignore_range:
+            request = replace(request, headers={n: v for n, v in request.headers.items() if n != "range"})
+        return fault.spoil(Reply(fault.status) if fault.status else self._route(request))
+
     def _route(self, request: Request) -> Reply:
-        for port, method, pattern, serve in _ROUTES:
-            found = pattern.fullmatch(request.path) if request.port == port else None
-            if found and re.fullmatch(method, request.method):
-                part = {key: unquote(value) for key, value in found.groupdict(default="").items()}
-                return serve(self, request, part)
-        raise Refusal(404, message=f"this Hub has no {request.method} {request.path}")
+        """What the Hub answers when nothing goes wrong."""
+        try:
+            for port, method, pattern, serve in _ROUTES:
+                part = _parts(pattern, request) if request.port == port else None
+                if part is not None and re.fullmatch(method, request.method):
+                    return serve(self, request, part)
+            raise Refusal(404, message=f"this Hub has no {request.method} {request.path}")
+        except Refusal as refusal:
+            return refusal.reply
+
+    def _happen(self, change: Change, request: Request) -> None:
+        """What the owner of the request's repository does just now."""
+        found = (_parts(pattern, request) for port, _, pattern, _ in _ROUTES if request.port == port)
+        part = next((part for part in found if part and part.get("namespace")), None)
+        if part is None:
+            return
+        kind = part["kind"].strip("/") or "models"
+        git = GitRepository(self._repo_folder(kind, part["namespace"], part["name"]))
+        repo = HubRepository(kind, part["namespace"], part["name"], git)
+        with self._lock:
+            if not repo.exists():
+                return
+            if change == "delete":
+                self._remove(repo)
+            elif change == "squash":
+                self._squash(repo, repo.namespace, "squash")
+            else:
+                write_settings(git, {**repo.settings(), change: True if change == "private" else "auto"})
+
+    def _faults_set(self, request: Request, part: Mapping[str, str]) -> Reply:
+        token = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(token.encode(), self._admin.encode()):
+            raise Refusal(403, message="only the Hub's administrator may do this")
+        try:
+            self.faults.set(*(Fault.parse(value) for value in request.json()))
+        except (ValueError, TypeError) as error:
+            raise Refusal(400, message=str(error)) from error
+        return as_json({})
 
     def _user(self, request: Request) -> str:
         """The caller's name, empty when anonymous. Raises Refusal(401) for a token that nobody has."""
@@ -210,11 +254,14 @@ class LoopbackHub:
         named = {"kind": f"{asked.get('type') or 'model'}s", "name": str(asked.get("name"))}
         named["namespace"] = asked.get("organization") or self._user(request)
         repo = self._repo(request, named, write=True)
-        gone = self._folder / "tmp" / secrets.token_hex(8)
         with self._lock:
-            repo.git.folder.rename(gone)
-        shutil.rmtree(gone)
+            self._remove(repo)
         return as_json({})
+
+    def _remove(self, repo: HubRepository) -> None:
+        gone = self._folder / "tmp" / secrets.token_hex(8)
+        repo.git.folder.rename(gone)
+        shutil.rmtree(gone)
 
     def _change_settings(self, request: Request, part: Mapping[str, str]) -> Reply:
         repo, asked = self._repo(request, part, write=True), request.json()
@@ -359,10 +406,12 @@ class LoopbackHub:
         """Rewrite history: main becomes one commit without parents, every earlier revision is gone."""
         repo, user = self._repo(request, part, write=True), self._user(request)
         with self._lock:
-            blobs = {path: entry.oid for path, entry in repo.git.files(repo.git.head()).items()}
-            title = str(request.json().get("message") or "squash")
-            repo.git.commit(blobs, None, user, int(self._clock()), title)
+            self._squash(repo, user, str(request.json().get("message") or "squash"))
         return as_json({})
+
+    def _squash(self, repo: HubRepository, user: str, title: str) -> None:
+        blobs = {path: entry.oid for path, entry in repo.git.files(repo.git.head()).items()}
+        repo.git.commit(blobs, None, user, int(self._clock()), title)
 
     # ---------------------------------------------------------------- the store
 
@@ -401,6 +450,12 @@ class LoopbackHub:
         return Reply(200, b"", {"ETag": f'"{part["sha256"]}"'})
 
 
+def _parts(pattern: re.Pattern[str], request: Request) -> dict[str, str] | None:
+    """What the path names, unquoted; None when it is not of this pattern."""
+    found = pattern.fullmatch(request.path)
+    return {key: unquote(value) for key, value in found.groupdict(default="").items()} if found else None
+
+
 _REPO = r"(?P<namespace>[^/]+)/(?P<name>[^/]+?)"
 _NAMED = rf"/(?P<kind>models|datasets)/{_REPO}"
 _API = rf"/api{_NAMED}"
@@ -410,6 +465,7 @@ _Serve = Callable[[LoopbackHub, Request, Mapping[str, str]], Reply]
 _ROUTES: tuple[tuple[str, str, re.Pattern[str], _Serve], ...] = tuple(
     (port, method, re.compile(path), serve)
     for port, method, path, serve in (
+        ("hub", "PUT", r"/admin/faults", LoopbackHub._faults_set),
         ("hub", "GET", r"/api/whoami-v2", LoopbackHub._whoami),
         ("hub", "POST", r"/api/repos/create", LoopbackHub._create),
         ("hub", "DELETE", r"/api/repos/delete", LoopbackHub._delete),

@@ -4,8 +4,29 @@ A text is data from its first character to its last: the name of a special token
 other word, and nothing is put before, after or in place of the text. So `round_trips` can ask for equality to the
 character.
 
-A hostile tokenizer.json can make the Rust library panic, loop or ask for all memory: read those of others in a child
-process with limits. Panics that can be caught become Rejected here.
+A hostile tokenizer.json can make the Rust library panic, loop or ask for all memory. What it reads is written by
+`tokenizer_json.checked`, from checked parts; still, read those of others in a child process with limits. Panics that can
+be caught become Rejected here.
+
+Why no choice of tokenizer gets text for free. A text x of n tokens costs -log p(tokens | start token), all n of them, and
+counts only if its tokens give it back to the character. Then two texts never have the same tokens, and the model's
+probabilities of all token sequences of length n add up to 1. So for each n
+
+    sum over all texts x of n tokens of exp(-cost(x))  <=  1
+
+whatever the tokenizer: it can share the probability out in another way, which is modelling, but it cannot make more of it.
+Worked example: a model that knows nothing (every token 1/V), the eight texts of 3 letters of {a, b}, honest price 3 ln 2.
+
+    letters, V = 2                    each text costs 3 ln 2 = 2.08; the sum is 8 exp(-2.08) = 1
+    all eight as phrase tokens,       each costs ln 10 = 2.30, the sum is 0.8: a phrase is no present, its token is paid for.
+      V = 10                          With the first token for nothing each would cost 0 and the sum be 8: text for free
+    a hint: the first piece is "a"    a model that takes the hint saves ln 2 on the last letter, and pays ln 2 for the hint,
+      or "ab" as the last letter says since the first token is one of twice as many. With that one for nothing it gains
+    a token that swallows spaces      "a " and "a" have the same tokens: one does not come back, and costs +inf
+    a start token that is a phrase    it stands in front of every text alike: no text's tokens say it, so none gets it
+
+What is left is n itself: no end token is charged, so that a tokenizer which chose n at will could say ln(max_tokens) nats, 8
+for 4,096, once a text of some thousand nats; the same for all.
 """
 
 from __future__ import annotations
@@ -19,7 +40,8 @@ from typing import Any, TypeVar
 
 import tokenizers
 
-from sn29.errors import Reason, Rejected
+from sn29.errors import Reason, Rejected, shown
+from sn29.models.tokenizer_json import checked
 
 MAX_BYTES = 20_000_000
 """Largest tokenizer.json that is opened; cl100k's takes 4 MB, a vocabulary of 200,000 entries about 15 MB."""
@@ -43,6 +65,31 @@ _PROBES = (
 )
 """What a fingerprint asks a tokenizer to encode: every kind of character on which splitters and normalizers differ."""
 
+_ADVERSARIAL = (
+    "",
+    " ",
+    "   three spaces before, two after  ",
+    "Both CASES, ǅ ſ ß İ",
+    "It's THEY'RE we'll I'd o'clock ’s , . ! ? ' n't",
+    "a , b . c ! d ? e do n't I 'm",
+    "one\ntwo\r\nthree\n\n\n\tfour \r five\x0b\x0c\n ",
+    "0 12 123 1234 12345678901234567890 3.14159e-10 ١٢٣",
+    'def f(x: int) -> str:\n    return f"{x!r:>10}"  # <-- #!@$%^&*()_+[]{}|;:,./?\\\n',
+    "na\xefve caf\xe9 — “quotes” …",
+    "日本語のテキスト 中文字符 한국어 русский текст ελληνικά עברית हिन्दी ไทย",
+    "\U0001f469\u200d\U0001f680 \U0001f3f3\ufe0f\u200d\U0001f308 \U00020000 \U0010ffff",
+    "\ufeff\u200b\u2028\u2029\x00\x01\x7f\x85\xa0\u3000\ue000\uffff",
+    "½ Ⅷ ﬁ ２ ① ™ \U0001d4d0",
+    "<|endoftext|> <s> </s> <unk> <pad> [UNK] [CLS] ## </w> <0x0A> <|im_start|> \u0120 \u010a @@ x",
+    "</s>  </s>\n<s>a<|end|> <|user|>\n\n<|assistant|>  x",
+    "a" * 3000,
+    " " * 3000 + "x",
+    "\n" * 500 + " \n" * 500 + "\t" * 500,
+    "é日" * 500 + "=-" * 500 + "1" * 1000,
+)
+"""What a tokenizer must give back whatever the samples are. Left out: U+2581, which stands for the space in sentencepiece's
+vocabularies, and letters with separate accents, which some join; the samples show whether they matter."""
+
 T = TypeVar("T")
 
 
@@ -55,12 +102,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path, *, max_bytes: int = MAX_BYTES) -> Tokenizer:
-        """From a tokenizer.json. Raises Rejected: MISSING_FILE, or TOKENIZER when it is too large or not usable."""
+        """From a tokenizer.json. Raises Rejected: MISSING_FILE, or TOKENIZER when it is too large or not usable.
+
+        The library is given what `tokenizer_json.checked` makes of the file: none of its bytes.
+        """
         if not path.is_file():
             raise Rejected(Reason.MISSING_FILE, "no file", "a tokenizer.json", path.name)
         if (size := path.stat().st_size) > max_bytes:
             raise Rejected(Reason.TOKENIZER, f"{size} bytes", f"at most {max_bytes} bytes", path.name)
-        tokenizer = cls(_guarded(lambda: _plain(tokenizers.Tokenizer.from_file(str(path))), path.name))
+        text = checked(path.read_bytes(), path.name)
+        tokenizer = cls(_guarded(lambda: _plain(tokenizers.Tokenizer.from_str(text)), path.name))
         if tokenizer.largest_id() < 0:
             raise Rejected(Reason.TOKENIZER, "an empty vocabulary", "at least one token", path.name)
         return tokenizer
@@ -81,7 +132,17 @@ class Tokenizer:
 
     def round_trips(self, text: str, ids: Sequence[int]) -> bool:
         """True when the ids give back the text to the character: only then is their loss the text's."""
-        return self.decode(ids) == text
+        return (bool(ids) or not text) and self.decode(ids) == text
+
+    def check_lossless(self) -> None:
+        """Raises Rejected(ROUND_TRIP) with the first text of a set of hard ones that does not come back."""
+        for text in _ADVERSARIAL:
+            ids = self.encode(text)
+            if not self.round_trips(text, ids):
+                back = self.decode(ids)
+                at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
+                got = f"{back[max(0, at - 20) : at + 20]!r} for {text[max(0, at - 20) : at + 20]!r}"
+                raise Rejected(Reason.ROUND_TRIP, shown(got), "every text, to the character", "tokenizer.json")
 
     def id_of(self, token: str) -> int | None:
         """Id of a token by its spelling in the vocabulary, e.g. `<|endoftext|>`; None when there is none."""
@@ -110,11 +171,7 @@ class Tokenizer:
 
 
 def _plain(inner: Any) -> Any:
-    """The same tokenizer without what its file may ask for besides: chance, cut-off, padding, special strings found in text."""
-    if getattr(inner.model, "dropout", None) is not None:  # merges left out at random: another loss at each reading
-        inner.model.dropout = None
-    inner.no_truncation()
-    inner.no_padding()
+    """The same tokenizer, that finds no special strings in text. (Chance, cut-off and padding are not handed on to it.)"""
     inner.encode_special_tokens = True
     return inner
 

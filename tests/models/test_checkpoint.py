@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sn29.errors import Reason, Rejected
+from sn29.errors import Reason, Rejected, Unavailable, shown
 from sn29.models import checkpoint
 from sn29.records import RepoFile
 
@@ -94,23 +94,22 @@ def test_a_config_that_lies_or_does_too_much_is_refused_by_name(change, reason, 
     assert named in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"a": NaN}', '{"a": 1, "a": 2}', "\udcff", '{"a":' * 5000, '"x"'])
-def test_a_config_that_is_no_json_object_is_refused(text):
-    with pytest.raises(Rejected) as refused:
-        checkpoint.parse_config(text.encode(errors="surrogateescape"))
-    assert refused.value.reason is Reason.BAD_CONFIG
-
-
 @pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "modeling_evil.py", "adapter_config.json", "sub/config.json", "x.safetensors"]
-)
+    "name",
+    [
+        "pytorch_model.bin", "pytorch_model.bin.index.json", "modeling_evil.py", "adapter_config.json",
+        "adapter_model.safetensors", "sub/config.json", "x.safetensors", "model.gguf", "tf_model.h5", "flax_model.msgpack",
+        "Config.json", "chat_template.jinja", "preprocessor_config.json", "model-1-of-2.safetensors",
+        "model-٠٠٠٠١-of-٠٠٠٠١.safetensors",
+    ],
+)  # fmt: skip
 def test_a_file_that_no_model_needs_is_refused(name, make_checkpoint, tmp_path):
     folder = edited(make_checkpoint(), tmp_path / "edited")
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("{}")
     with pytest.raises(Rejected) as refused:
         inspect(folder)
-    assert (refused.value.reason, refused.value.got) == (Reason.FORBIDDEN_FILE, name)
+    assert (refused.value.reason, refused.value.got) == (Reason.FORBIDDEN_FILE, shown(name))
 
 
 def rewritten_header(folder: Path, to: Path, change) -> Path:
@@ -241,7 +240,7 @@ def test_headers_are_bounded_for_all_files_together_and_read_no_further_than_the
         asked.append(path)
         return (config if path == "config.json" else body)[start : start + length]
 
-    files = [RepoFile("config.json", len(config), "git:" + "a" * 40)]
+    files = [RepoFile("config.json", len(config), checkpoint.git_blob(config))]
     files += [RepoFile(name, len(body), "sha256:" + "b" * 64) for name in names]
     with pytest.raises(Rejected, match="x0"):
         checkpoint.inspect(checkpoint.RepoListing(checkpoint.ModelId("a", "b", "0" * 40), tuple(files)), read)
@@ -271,3 +270,371 @@ def test_what_a_download_tool_leaves_behind_is_no_part_of_a_model(make_checkpoin
     (folder / ".cache" / "huggingface" / "x.metadata").write_text("x")
     assert {f.path for f in checkpoint.local_listing(folder).files} == {p.name for p in folder.iterdir() if p.is_file()}
     inspect(folder)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sharded(make_checkpoint, tmp_path_factory) -> Path:
+    """The default checkpoint in several files with their index, as save_pretrained writes it."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("sharded") / "model"
+    transformers.LlamaForCausalLM.from_pretrained(make_checkpoint()).save_pretrained(folder, max_shard_size="70kB")
+    return folder
+
+
+def reasons(folder: Path) -> list[tuple[str, str]]:
+    found = checkpoint.inspect_all(checkpoint.local_listing(folder), checkpoint.local_reader(folder))
+    return [(refusal.reason.code, str(refusal)) for refusal in found.refusals]
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def test_a_sharded_checkpoint_is_the_same_model(sharded, make_checkpoint):
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    assert inspect(sharded).num_parameters == inspect(make_checkpoint()).num_parameters
+    assert reasons(sharded) == []
+
+
+def second_set(folder: Path) -> None:
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model.safetensors")
+
+
+def single_with_index(folder: Path) -> None:
+    for path in folder.glob("model-*"):
+        path.unlink()
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+
+
+def one_shard_less(folder: Path) -> None:
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def two_counts(folder: Path) -> None:
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model-00001-of-00002.safetensors")
+
+
+def more_than_the_count(folder: Path) -> None:
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model-00004-of-00003.safetensors")
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def large_json(folder: Path) -> None:
+    with (folder / "vocab.json").open("wb") as out:
+        out.truncate(checkpoint.MAX_JSON_BYTES + 1)
+
+
+def many_files(folder: Path) -> None:
+    for number in range(70):
+        (folder / f"{number}.txt").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "named"),
+    [
+        (second_set, "forbidden_file", "model.safetensors and model-00001"),
+        (single_with_index, "forbidden_file", "index.json"),
+        (one_shard_less, "missing_file", "no model-00002-of-00003"),
+        (two_counts, "missing_file", "no model-00002-of-00002"),
+        (more_than_the_count, "forbidden_file", "more than one set"),
+        (no_config, "missing_file", "config.json"),
+        (large_json, "too_large", "20,000,001"),
+        (many_files, "forbidden_file", "at most 64"),
+    ],
+)
+def test_which_files_there_are_is_decided_by_one_rule(spoil, code, named, sharded, tmp_path):
+    folder = shutil.copytree(sharded, tmp_path / "model")
+    assert len(list(folder.glob("model-*"))) == 3
+    spoil(folder)
+    with pytest.raises(Rejected) as refused:
+        inspect(folder)
+    assert refused.value.reason.code == code
+    assert named in str(refused.value)
+    assert len(reasons(folder)) <= 12
+
+
+def test_a_path_that_is_listed_twice_is_refused(make_checkpoint):
+    listing = checkpoint.local_listing(make_checkpoint())
+    twice = checkpoint.RepoListing(listing.model, (*listing.files, listing.files[0]))
+    with pytest.raises(Rejected, match="listed twice"):
+        checkpoint.inspect(twice, checkpoint.local_reader(make_checkpoint()))
+
+
+def entry_elsewhere(index):
+    index["weight_map"]["model.norm.weight"] = "../other-miner/model.safetensors"
+
+
+def entry_of_another_shard(index):
+    index["weight_map"]["model.norm.weight"] = "model-00001-of-00003.safetensors"
+
+
+def entry_absolute(index):
+    index["weight_map"]["model.norm.weight"] = "/models/other/model.safetensors"
+
+
+def entry_too_many(index):
+    index["weight_map"]["model.extra.weight"] = "pytorch_model.bin"
+
+
+def entry_missing(index):
+    del index["weight_map"]["model.norm.weight"]
+
+
+def entry_no_text(index):
+    index["weight_map"]["model.norm.weight"] = ["model-00003-of-00003.safetensors"]
+
+
+def no_map(index):
+    index["weight_map"] = list(index["weight_map"])
+
+
+def further_key(index):
+    index["transformers_weights"] = "../other-miner/model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        entry_elsewhere, entry_of_another_shard, entry_absolute, entry_too_many, entry_missing, entry_no_text, no_map,
+        further_key,
+    ],
+)  # fmt: skip
+def test_an_index_must_say_what_is_so(change, sharded, tmp_path):
+    folder = shutil.copytree(sharded, tmp_path / "model")
+    index = json.loads((folder / INDEX).read_text())
+    change(index)
+    (folder / INDEX).write_text(json.dumps(index))
+    ((code, said),) = reasons(folder)
+    assert code == "tensors"
+    assert INDEX in said
+
+
+@pytest.mark.parametrize("data", [b"[]", b'{"weight_map": {"a": "b", "a": "b"}}', b"x", b" " * 30_000])
+def test_an_index_that_is_no_plain_json_of_its_size_is_refused(data, sharded, tmp_path):
+    folder = shutil.copytree(sharded, tmp_path / "model")
+    (folder / INDEX).write_bytes(data)
+    ((code, said),) = reasons(folder)
+    assert (code, INDEX in said) == ("tensors", True)
+
+
+def test_every_reason_is_told(sharded, tmp_path):
+    folder = edited(sharded, tmp_path / "model", is_causal=False, attn_implementation="evil/kernel", num_hidden_layers=3)
+    (folder / "evil.py").write_text("")
+    (folder / "pytorch_model.bin").write_text("")
+    told = reasons(folder)
+    assert [code for code, _ in told] == ["forbidden_file", "forbidden_file", "bad_config", "bad_config", "tensors"]
+    words = [
+        "evil.py",
+        "pytorch_model.bin",
+        "attn_implementation",
+        "is_causal",
+        "no model.layers.2.input_layernorm.weight and 8 more",
+    ]
+    assert all(word in said for word, (_, said) in zip(words, told, strict=True))
+    facts = checkpoint.inspect_all(checkpoint.local_listing(folder), checkpoint.local_reader(folder)).facts
+    assert facts is not None, "the rules of a competition can be asked all the same"
+    assert facts.num_layers == 3
+
+
+# --- headers ----------------------------------------------------------------------------------------------------------
+
+
+def with_header(folder: Path, to: Path, header: bytes, data: bytes = b"") -> Path:
+    shutil.copytree(folder, to)
+    (to / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return to
+
+
+def fat_metadata(header):
+    header["__metadata__"] = {"x": "y" * 90_000}
+
+
+def metadata_of_numbers(header):
+    header["__metadata__"] = {"format": 1}
+
+
+def metadata_list(header):
+    header["__metadata__"] = ["pt"]
+
+
+def many_empty(header):
+    header.update({f"x{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100)})
+
+
+def further_field(header):
+    header["model.norm.weight"]["strides"] = [1]
+
+
+def packed_integers(header):
+    header["model.norm.weight"]["dtype"] = "I32"
+
+
+def deep_shape(header):
+    header["model.norm.weight"]["shape"] = [1, 1, 32]
+
+
+def hole(header):
+    for entry in header.values():
+        if "data_offsets" in entry and entry["data_offsets"][0]:
+            entry["data_offsets"] = [n + 128 for n in entry["data_offsets"]]
+
+
+def beyond(header):
+    header["model.norm.weight"]["data_offsets"] = [1 << 45, (1 << 45) + 128]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        fat_metadata, metadata_of_numbers, metadata_list, many_empty, further_field, packed_integers, deep_shape, hole,
+        beyond,
+    ],
+)  # fmt: skip
+def test_a_header_that_the_format_or_the_config_does_not_allow_is_refused(change, make_checkpoint, tmp_path):
+    folder = rewritten_header(make_checkpoint(), tmp_path / "edited", change)
+    told = reasons(folder)
+    assert told[0][0] == "tensors"
+    with pytest.raises(Rejected) as refused:
+        checkpoint.load(folder, dtype=None)
+    assert refused.value.reason is Reason.TENSORS
+
+
+def test_a_tensor_twice_in_one_header_or_in_two_files_is_refused(make_checkpoint, sharded, tmp_path):
+    data = (make_checkpoint() / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].replace(b"model.layers.1.", b"model.layers.0.")
+    (told,) = reasons(with_header(make_checkpoint(), tmp_path / "one", header, data[8 + length :]))
+    assert "a key stands twice" in told[1]
+    folder = shutil.copytree(sharded, tmp_path / "two")
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model-00002-of-00003.safetensors")
+    assert "each tensor once" in reasons(folder)[0][1]
+    with pytest.raises(Rejected, match="each tensor once"):
+        checkpoint.tensor_digest(folder)
+
+
+def test_bytes_after_the_tensors_are_refused(make_checkpoint, tmp_path):
+    folder = shutil.copytree(make_checkpoint(), tmp_path / "model")
+    with (folder / "model.safetensors").open("ab") as out:
+        out.write(b"PK\x03\x04")
+    ((code, said),) = reasons(folder)
+    assert code == "tensors"
+    assert "bytes of data" in said
+
+
+def test_what_a_faulty_line_brings_refuses_nobody_for_good(sharded):
+    """Bytes that are not those of the listing, or that differ from one reading to the next: nothing is known."""
+    listing, read = checkpoint.local_listing(sharded), checkpoint.local_reader(sharded)
+    first = "model-00001-of-00003.safetensors"
+    asked = []
+
+    def flipped(path: str, start: int, length: int) -> bytes:
+        asked.append(path)
+        data = read(path, start, length)
+        wrong = path == spoiled and (path != first or (start == 8 and asked.count(path) == 2))
+        return bytes([data[0], data[1] ^ 1]) + data[2:] if wrong else data
+
+    def short(path: str, start: int, length: int) -> bytes:
+        return read(path, start, length)[: -1 if path == spoiled else None]
+
+    for fault in (flipped, short):
+        for spoiled in ("config.json", first, INDEX):
+            asked.clear()
+            with pytest.raises(Unavailable) as failed:
+                checkpoint.inspect(listing, fault)
+            assert spoiled in str(failed.value)
+    spoiled = ""
+    checkpoint.inspect(listing, flipped)
+
+
+# --- canonical digest -------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, to: Path, state: dict, **metadata: str) -> Path:
+    from safetensors.torch import save_file
+
+    shutil.copytree(folder, to)
+    save_file(state, to / "model.safetensors", metadata=metadata)
+    return to
+
+
+def test_the_same_values_have_the_same_digest_however_they_are_packed(make_checkpoint, sharded, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    folder = make_checkpoint()
+    state = load_file(folder / "model.safetensors")
+    same = checkpoint.tensor_digest(folder)
+    assert checkpoint.tensor_digest(sharded) == same
+    assert checkpoint.tensor_digest(folder, threads=3) == same
+    assert checkpoint.tensor_digest(saved(folder, tmp_path / "metadata", state, author="me")) == same
+    assert checkpoint.tensor_digest(edited(folder, tmp_path / "config", rope_theta=5000.0)) == same
+
+    half = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
+    back = {name: tensor.to(torch.float32) for name, tensor in half.items()}
+    mixed = {name: half[name] if number % 2 else back[name] for number, name in enumerate(half)}
+    rounded = checkpoint.tensor_digest(saved(folder, tmp_path / "bf16", half))
+    assert rounded != same
+    assert checkpoint.tensor_digest(saved(folder, tmp_path / "f32", back)) == rounded
+    assert checkpoint.tensor_digest(saved(folder, tmp_path / "mixed", mixed)) == rounded
+    ten_bits = {name: tensor.to(torch.float16) for name, tensor in state.items()}
+    as_f16 = checkpoint.tensor_digest(saved(folder, tmp_path / "f16", ten_bits))
+    assert as_f16 not in (same, rounded)
+    widened = {name: tensor.to(torch.float32) for name, tensor in ten_bits.items()}
+    assert checkpoint.tensor_digest(saved(folder, tmp_path / "widened", widened)) == as_f16
+
+    zero, negative = dict(state), dict(state)
+    zero["model.norm.weight"] = torch.zeros(32)
+    negative["model.norm.weight"] = -torch.zeros(32, dtype=torch.bfloat16)
+    assert checkpoint.tensor_digest(saved(folder, tmp_path / "zero", zero)) == checkpoint.tensor_digest(
+        saved(folder, tmp_path / "negative", negative)
+    )
+
+
+def test_another_name_shape_or_bit_is_another_digest(make_checkpoint, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    folder = make_checkpoint()
+    state = load_file(folder / "model.safetensors")
+    found = {checkpoint.tensor_digest(folder)}
+    one_bit = {name: tensor.clone() for name, tensor in state.items()}
+    one_bit["model.layers.1.mlp.up_proj.weight"].view(torch.int32)[-1, -1] ^= 1
+    turned = state | {"model.layers.0.mlp.up_proj.weight": state["model.layers.0.mlp.up_proj.weight"].reshape(32, 64)}
+    renamed = {name.replace("q_proj", "r_proj"): tensor for name, tensor in state.items()}
+    swapped = state | {
+        "model.layers.0.self_attn.q_proj.weight": state["model.layers.0.self_attn.k_proj.weight"],
+        "model.layers.0.self_attn.k_proj.weight": state["model.layers.0.self_attn.q_proj.weight"],
+    }
+    for number, changed in enumerate((one_bit, turned, renamed, swapped)):
+        copies = {name: tensor.clone() for name, tensor in changed.items()}
+        found.add(checkpoint.tensor_digest(saved(folder, tmp_path / str(number), copies)))
+    assert len(found) == 5
+
+
+def test_a_head_that_repeats_the_embedding_is_a_tied_one(make_checkpoint, tmp_path):
+    from safetensors.torch import load_file
+
+    tied = make_checkpoint(tie_word_embeddings=True)
+    state = load_file(tied / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    untied = saved(edited(tied, tmp_path / "config", tie_word_embeddings=False), tmp_path / "untied", state)
+    assert reasons(untied) == []
+    assert checkpoint.tensor_digest(untied) == checkpoint.tensor_digest(tied)
+
+
+def test_a_digest_is_made_of_whole_pieces(make_checkpoint, tmp_path):
+    """A tensor of more than one piece, in which the second alone needs all its bits."""
+    import torch
+
+    values = torch.ones(1025, 1024)
+    shapes = [values, values.clone()]
+    shapes[1][1024, 7] = 1 + 2**-20
+    digests = [checkpoint.tensor_digest(saved(make_checkpoint(), tmp_path / str(n), {"x": v})) for n, v in enumerate(shapes)]
+    narrow = checkpoint.tensor_digest(saved(make_checkpoint(), tmp_path / "bf16", {"x": values.to(torch.bfloat16)}))
+    assert digests[0] == narrow != digests[1]

@@ -1,13 +1,17 @@
 """Tokenizers: GPT-4's ids to the letter, text given back to the character, broken files refused."""
 
 import json
+import math
 import re
+from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sn29.errors import Reason, Rejected
+from sn29.evaluation.engine import sample_nats
 from sn29.localnet.text import Texts, build, default_cache
 from sn29.models.tokenizer import Tokenizer
 
@@ -134,6 +138,13 @@ def tiny(**changes: Any) -> dict[str, Any]:
     return {"version": "1.0", **parts, "model": model | changes.pop("model", {}), **changes}
 
 
+def raw(content: dict[str, Any]) -> Tokenizer:
+    """As the library reads it, without our rules."""
+    import tokenizers
+
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))
+
+
 def loaded(folder: Path, content: dict[str, Any], indent: int | None = None) -> Tokenizer:
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(content, indent=indent))
@@ -196,7 +207,9 @@ def test_a_large_or_missing_file_is_refused(tmp_path: Path) -> None:
 def test_a_panic_of_the_library_is_a_refusal(tmp_path: Path) -> None:
     """A word splitter that backtracks without end meets the regex engine's own limit, and the engine panics."""
     split = {"type": "Split", "pattern": {"Regex": "(a+a+)+b"}, "behavior": "Isolated", "invert": False}
-    tokenizer = loaded(tmp_path, tiny(pre_tokenizer=split))
+    with pytest.raises(Rejected, match="pre_tokenizer Split"):  # our own rule comes first
+        loaded(tmp_path, tiny(pre_tokenizer=split))
+    tokenizer = raw(tiny(pre_tokenizer=split))
     for call in (lambda: tokenizer.encode("a" * 40), lambda: tokenizer.encode_batch(["a" * 40])):
         with pytest.raises(Rejected) as caught:
             call()
@@ -212,3 +225,143 @@ def test_merges_are_never_left_out_by_chance(byte_tokenizer: Path, tmp_path: Pat
     text = "the theatre of the thesis " * 20
     ids = Tokenizer.load(byte_tokenizer).encode(text)
     assert all(Tokenizer.load(path).encode(text) == ids for _ in range(5))
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "'both cases"),
+        ({"normalizer": {"type": "NFKC"}}, "'Both CASES, D"),
+        ({"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}, "'' for ' '"),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": "  "}, "content": " "}}, "for '   three"),
+        ({"normalizer": {"type": "Prepend", "prepend": " "}}, "for"),
+        ({"decoder": None}, "for"),
+        ({"pre_tokenizer": None}, "for"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}}, "for"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_loses_text_is_refused_with_the_place(byte_tokenizer: Path, tmp_path: Path, change, shown) -> None:
+    tokenizer = loaded(tmp_path, json.loads(byte_tokenizer.read_text()) | change)
+    with pytest.raises(Rejected) as caught:
+        tokenizer.check_lossless()
+    assert caught.value.reason is Reason.ROUND_TRIP
+    assert shown in caught.value.got
+
+
+def test_lossless_tokenizers_pass(gpt4: Tokenizer, llama32k: Tokenizer, byte_tokenizer: Path, tmp_path: Path) -> None:
+    gpt4.check_lossless()
+    llama32k.check_lossless()
+    joins_accents = json.loads(byte_tokenizer.read_text()) | {"normalizer": {"type": "NFC"}}
+    for content in (json.loads(byte_tokenizer.read_text()), joins_accents):
+        loaded(tmp_path, content).check_lossless()
+
+
+def test_an_added_token_takes_no_space_around_it(byte_tokenizer: Path, tmp_path: Path) -> None:
+    """Phi-3's own `</s>` asks for the spaces behind it, and is no special token: as the library reads it, they are lost."""
+    end = {
+        "id": 258,
+        "content": "</s>",
+        "single_word": False,
+        "lstrip": True,
+        "rstrip": True,
+        "normalized": False,
+        "special": False,
+    }
+    content = json.loads(byte_tokenizer.read_text()) | {"added_tokens": [end]}
+    text = "a </s>  b"
+    as_it_is, ours = raw(content), loaded(tmp_path, content)
+    assert not as_it_is.round_trips(text, as_it_is.encode(text))
+    assert ours.round_trips(text, ours.encode(text))
+    assert 258 in ours.encode(text)
+    ours.check_lossless()
+
+
+# ---- no text for free ------------------------------------------------------------------------------------------------
+
+AB = ["".join(letters) for n in range(1, 7) for letters in product("ab", repeat=n)]
+"""All texts of one to six letters of a and b."""
+
+
+def letters(**changes: Any) -> dict[str, Any]:
+    model = {"vocab": {"a": 0, "b": 1}, "merges": []} | changes.pop("model", {})
+    return tiny(**{"decoder": {"type": "Fuse"}, **changes, "model": model})
+
+
+def added(contents: list[str], start: int = 2, **flags: bool) -> dict[str, Any]:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    return {"added_tokens": [{"id": start + i, "content": text, **plain, **flags} for i, text in enumerate(contents)]}
+
+
+PHRASES = ["".join(text) for text in product("ab", repeat=3)]
+PAIRS = {"vocab": {"a": 0, "b": 1, "aa": 2, "ab": 3, "ba": 4, "bb": 5}, "merges": ["a a", "a b", "b a", "b b"]}
+LOOKS_AHEAD = {
+    "type": "Split",
+    "pattern": {"Regex": r"\A[ab](?=[ab]*b\z)|\A[ab]{2}|[ab]"},
+    "behavior": "Isolated",
+    "invert": False,
+}
+NO_B = {"type": "Split", "pattern": {"String": "b"}, "behavior": "Removed", "invert": False}
+SUFFIX_FIRST = {"type": "Replace", "pattern": {"String": "ab"}, "content": "b"}
+TRICKS = {
+    "letters": letters(),
+    "phrases as added tokens": letters(**added(PHRASES)),
+    "whole texts as added tokens": letters(**added(AB[2:])),
+    "pairs as entries": letters(model=PAIRS),
+    "the first piece says what the text ends with": letters(model=PAIRS, pre_tokenizer=LOOKS_AHEAD),
+    "a token that swallows": letters(**added(["ab"], lstrip=True, rstrip=True)),
+    "a token that stands alone": letters(**added(["ab", "aab"], single_word=True)),
+    "letters go on the way in": letters(normalizer=SUFFIX_FIRST),
+    "letters go on the way back": letters(decoder={"type": "Sequence", "decoders": [{"type": "Fuse"}, SUFFIX_FIRST]}),
+    "letters are removed": letters(pre_tokenizer=NO_B),
+    "all entries are one": letters(model={"vocab": {"a": 0, "b": 0}}),
+}  # fmt: skip
+
+
+def llama(rows: int, seed: int, sharpness: float) -> Any:
+    """A tiny model of random weights; the sharper, the surer of what it says. 0 knows nothing: every token 1/rows."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=rows, **shape)).eval()
+    with torch.no_grad():
+        model.lm_head.weight *= sharpness
+    return model
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_no_tokenizer_makes_text_free(trick: str) -> None:
+    """The docstring's sum, for texts that come back: by number of tokens at most 1, whatever the model and its start token.
+
+    The library reads these files as they are: what our rules refuse would not pay either.
+    """
+    tokenizer = raw(TRICKS[trick])
+    encoded = {text: tokenizer.encode(text) for text in AB}
+    back = {text: ids for text, ids in encoded.items() if tokenizer.round_trips(text, ids)}
+    assert len({tuple(ids) for ids in back.values()}) == len(back)
+    rows = tokenizer.largest_id() + 1
+    for seed, sharpness, start in ((0, 0.0, 0), (1, 200.0, rows // 2), (2, 1000.0, rows - 1)):
+        model, sums = llama(rows, seed, sharpness), defaultdict(float)
+        for ids in back.values():
+            sums[len(ids)] += math.exp(-sample_nats(model, ids, start))
+        assert all(total <= 1 + 1e-5 for total in sums.values()), (trick, dict(sums))
+
+
+def test_the_worked_example() -> None:
+    """Three letters of {a, b}: 3 ln 2 by letters, ln 10 as a phrase, and nothing at all if the first token were not charged."""
+    by_letters, by_phrase = raw(letters()), raw(letters(**added(PHRASES)))
+    blank2, blank10 = llama(2, 0, 0.0), llama(10, 0, 0.0)
+    for text in PHRASES:
+        assert sample_nats(blank2, by_letters.encode(text), 0) == pytest.approx(3 * math.log(2), rel=1e-6)
+        (phrase,) = by_phrase.encode(text)
+        assert sample_nats(blank10, [phrase], 0) == pytest.approx(math.log(10), rel=1e-6)
+        assert sample_nats(blank10, [], phrase) == 0  # what a first token in the start token's place would cost
+
+
+def test_a_text_without_a_token_is_no_text_that_came_back(byte_tokenizer: Path, tmp_path: Path) -> None:
+    removed = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Removed", "invert": False}
+    tokenizer = loaded(tmp_path, json.loads(byte_tokenizer.read_text()) | {"pre_tokenizer": removed})
+    assert tokenizer.encode("text") == []
+    assert tokenizer.round_trips("", [])
+    assert not tokenizer.round_trips("text", [])

@@ -1,0 +1,150 @@
+"""`sn29 check` and `sn29 reasons`: would a validator accept this model, and if not, for which reasons, all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sn29.errors import Reason, Rejected, reasons_table
+
+if TYPE_CHECKING:
+    from sn29.hub import Hub
+    from sn29.rules.competition import Competition
+    from sn29.settings import CheckSettings
+    from sn29.submission import Checked, FixedText
+
+DEADLINE_S = 3600.0
+THREADS = 2
+
+
+def reasons(words: list[str]) -> int:
+    """No argument."""
+    if words[:1] in (["--help"], ["-h"]):
+        print("usage: sn29 reasons\n\nEvery reason for which something can be refused, as a Markdown table.")
+        return 0
+    if words:
+        raise Rejected(Reason.SETTING, " ".join(words), "no argument", "sn29 reasons")
+    print(reasons_table())
+    return 0
+
+
+def check(words: list[str]) -> int:
+    """MODEL: a folder, or REPO@REVISION."""
+    from sn29.settings import CheckSettings, read
+
+    settings = read(CheckSettings, words)
+    competition = _competition(settings)
+    from sn29.hub import Hub
+
+    hub = Hub(settings.hub_endpoint)
+    folder = Path(settings.model).expanduser()
+    if "@" in settings.model and not folder.is_dir():
+        checked = _repository(settings, hub, competition)
+    else:
+        checked = _folder(settings, hub, competition, folder)
+    _say(checked, competition.name, as_json=settings.json_output)
+    return 1 if checked.refusals else 0
+
+
+def _competition(settings: CheckSettings) -> Competition:
+    from neurons.adapters import read_competitions
+    from sn29.rules.schedule import in_force, parse_file
+
+    named = Path(settings.competition)
+    if named.suffix != ".yaml":
+        from neurons.miner import chosen
+
+        return chosen(read_competitions(settings.competitions_dir, settings.at)[0], settings.competition)
+    if not named.is_file():
+        raise Rejected(Reason.SETTING, named, "a competition file that exists", "--competition")
+    return in_force(parse_file(named.stem, named.read_text(encoding="utf-8")), settings.at)
+
+
+def _folder(settings: CheckSettings, hub: Hub, competition: Competition, folder: Path) -> Checked:
+    from sn29.models import checkpoint
+    from sn29.submission import check as check_folder
+    from sn29.submission import inspect
+
+    fixed = _fixed(settings, hub, competition, has_own=(folder / "tokenizer.json").exists())
+    if settings.metadata_only:
+        return inspect(checkpoint.local_listing(folder), checkpoint.local_reader(folder), competition, fixed)
+    return asyncio.run(check_folder(folder, competition, fixed, threads=THREADS, deadline_s=DEADLINE_S))
+
+
+def _repository(settings: CheckSettings, hub: Hub, competition: Competition) -> Checked:
+    """A repository as everybody sees it: without a token. A branch stands for the revision that it points to now."""
+    from sn29.records import ModelId
+    from sn29.settings import default_cache
+    from sn29.submission import Checked, check_published, inspect
+
+    repo, _, revision = settings.model.rpartition("@")
+    ModelId.parse(f"{repo}@{'0' * 40}")  # whether the name can be one, before anybody is asked
+    try:
+        if len(revision) != 40:
+            revision = hub.resolve(repo, ref=revision)
+            _unless(settings.json_output, f"{repo} is at {revision}")
+        listing = hub.listing(ModelId.parse(f"{repo}@{revision}"))
+    except Rejected as error:
+        if error.reason is Reason.SETTING:
+            raise
+        return Checked(None, (error,))
+    fixed = _fixed(settings, hub, competition, has_own=any(f.path == "tokenizer.json" for f in listing.files))
+    if settings.metadata_only:
+        return inspect(listing, hub.reader(listing.model), competition, fixed)
+    models = default_cache() / "models"
+    _unless(settings.json_output, f"what the metadata allows is fetched into {models}")
+    return asyncio.run(check_published(hub, listing, competition, fixed, models, threads=THREADS, deadline_s=DEADLINE_S))
+
+
+def _fixed(settings: CheckSettings, hub: Hub, competition: Competition, *, has_own: bool) -> FixedText | None:
+    """The competition's tokenizer for such a model, from the file that the settings name or from the Hub; None: its own."""
+    from sn29.rules.competition import tokenizer_for
+
+    prescribed = tokenizer_for(competition, has_own)
+    if prescribed is None:
+        return None
+    from neurons.adapters import Tokenizers
+    from sn29.models.tokenizer import Tokenizer
+    from sn29.settings import default_cache
+    from sn29.submission import FixedText
+
+    if settings.tokenizer is None:
+        return FixedText(*Tokenizers(hub, default_cache() / "tokenizers")(prescribed))
+    tokenizer = Tokenizer.load(settings.tokenizer)
+    if prescribed.fingerprint not in (None, found := tokenizer.fingerprint()):
+        raise Rejected(Reason.TOKENIZER, found, prescribed.fingerprint, str(settings.tokenizer))
+    return FixedText(settings.tokenizer, tokenizer.largest_id())
+
+
+def _unless(as_json: bool, line: str) -> None:
+    if not as_json:
+        print(line)
+
+
+def _say(checked: Checked, competition: str, *, as_json: bool) -> None:
+    if as_json:
+        told: dict[str, Callable[[Rejected], str]] = {
+            "reason": lambda r: r.reason.code,
+            "sentence": lambda r: r.reason.sentence,
+            "advice": lambda r: r.reason.advice,
+            "got": lambda r: r.got,
+            "limit": lambda r: r.limit,
+            "where": lambda r: r.where,
+        }
+        refusals = [{key: of(refusal) for key, of in told.items()} for refusal in checked.refusals]
+        facts = asdict(checked.facts) if checked.facts else None
+        answer = {"competition": competition, "allowed": not refusals, "refusals": refusals, "facts": facts}
+        print(json.dumps({**answer, "tensor_digest": checked.tensor_digest}, indent=2))
+        return
+    if checked.facts:
+        f = checked.facts
+        print(f"{f.family}, {f.num_parameters:,} parameters, vocabulary {f.vocab_size:,}, {f.num_bytes:,} bytes")
+        print(f"content {f.content_id}" + (f", tensors {checked.tensor_digest}" if checked.tensor_digest else ""))
+    for refusal in checked.refusals:
+        print(f"refused for {competition} ({refusal.reason.code}): {refusal}\n  what to do: {refusal.reason.advice}")
+    if not checked.refusals:
+        print(f"allowed for {competition}")

@@ -598,7 +598,9 @@ def _repo_file(row: Mapping[str, Any], where: str) -> RepoFile:
     held = lfs if isinstance(lfs, dict) else row
     path, size = row.get("path"), held.get("size")
     oid = f"{'git' if held is row else 'sha256'}:{held.get('oid')}"
-    if not isinstance(path, str) or not isinstance(size, int) or size < 0 or not _OID.fullmatch(oid):
+    # A path with half a character, which JSON can name, cannot be in git.
+    whole = isinstance(path, str) and path.encode(errors="replace").decode() == path
+    if not isinstance(path, str) or not whole or not isinstance(size, int) or size < 0 or not _OID.fullmatch(oid):
         raise Unavailable(where, "the Hub's reply has a file without path, size or oid")
     return RepoFile(path, size, oid)
 

@@ -647,7 +647,7 @@ class Writer:
 
     def new_chain(self) -> Chain:
         first, second = (node.url for node in self.nodes)
-        return self.net.chain(self.wallet, network=first, fallbacks=[second], deadline_s=1.2, locks=self.net.folder / "locks")
+        return self.net.chain(self.wallet, network=first, fallbacks=[second], deadline_s=2, locks=self.net.folder / "locks")
 
     def row(self, operation: int) -> dict[str, float]:
         return {self.targets[0]: 1.0, self.targets[1]: (operation + 1) / OPERATIONS}
@@ -791,7 +791,7 @@ class PublishingWriter(Writer):
 
 
 def test_a_thousand_operations_under_random_faults_lose_nothing_and_write_nothing_twice(make_net: MakeNet) -> None:
-    net = make_net(weights_rate_limit=0, tempo=50_000, mechanisms=2, block_seconds=0.05)
+    net = make_net(weights_rate_limit=0, tempo=50_000, mechanisms=2, block_seconds=0.1)
     assert (WRITERS + PUBLISHERS) * (PLAIN + SEALED) == OPERATIONS
     targets = [net.wallet(name).hotkey.ss58_address for name in ("one", "two")]
     print(f"seed {SEED}")

@@ -389,7 +389,8 @@ def _look_at_index(read: Read, file: RepoFile, places: Mapping[str, str]) -> Ite
     if not isinstance(stated, dict) or not set(index) <= {"metadata", "weight_map"}:
         yield Rejected(Reason.TENSORS, ", ".join(sorted(index))[:120], "metadata and weight_map", file.path)
     elif stated != places:
-        name = min(name for name in stated.keys() | places.keys() if stated.get(name) != places.get(name))
+        both = stated.keys() & places.keys()
+        name = min((stated.keys() ^ places.keys()) | {name for name in both if stated[name] != places[name]})
         got = f"{name[:80]} in {str(stated.get(name, 'no file'))[:80]}"
         yield Rejected(Reason.TENSORS, got, f"in {places.get(name, 'no file')}", file.path)
 

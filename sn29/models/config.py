@@ -75,7 +75,7 @@ def _depth_checked(text: str) -> str:
 
 
 def strict_json(data: bytes, reason: Reason, where: str) -> dict[str, Any]:
-    """A JSON object without duplicate keys, NaN, infinities or deep nesting. Raises Rejected(reason)."""
+    """A JSON object without duplicate keys, NaN, infinities, half characters or deep nesting. Raises Rejected(reason)."""
     try:
         value = json.loads(
             _depth_checked(data.decode("utf-8")),
@@ -83,6 +83,7 @@ def strict_json(data: bytes, reason: Reason, where: str) -> dict[str, Any]:
             parse_constant=_no_constant,
             parse_float=_finite,
         )
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair, which JSON can name, is no text
     except (ValueError, RecursionError) as error:
         raise Rejected(reason, f"{type(error).__name__}: {str(error)[:80]}", "a JSON object", where) from None
     if not isinstance(value, dict):

@@ -189,6 +189,8 @@ def _step(step: dict[str, Any], what: str, kinds: Mapping[str, Fields]) -> dict[
     for name, value in step.items():
         if name != "type" and (name not in fields or not fields[name](value)):
             raise _Wrong(f"{what} {step['type']}: {name[:40]} {str(value)[:160]}", "a known field with a value in its range")
+    if step["type"] == "Replace" and (missing := sorted(_REPLACE.keys() - step.keys())):
+        raise _Wrong(f"{what} Replace without {', '.join(missing)}", "a Replace with pattern and content")
     return step
 
 

@@ -409,12 +409,15 @@ def test_hub_that_asks_for_a_pause_is_left_alone_by_all_calls_of_that_budget(sit
     "headers",
     [
         {"RateLimit": '"api";r=0;t=120', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'},
-        {"Retry-After": format_datetime(datetime.now(UTC) + timedelta(seconds=120))},
-        {"Retry-After": format_datetime(datetime.now(UTC) + timedelta(seconds=120)).replace("+0000", "GMT")},
+        {"Retry-After": "in 120 s, with +0000"},
+        {"Retry-After": "in 120 s, with GMT"},
         {"Retry-After": "120"},
     ],
 )
 def test_pause_is_read_however_the_hub_writes_it(site: Site, headers: dict[str, str]) -> None:
+    if "in 120 s" in headers.get("Retry-After", ""):
+        date = format_datetime(datetime.now(UTC) + timedelta(seconds=120))
+        headers = {"Retry-After": date.replace("+0000", "GMT") if headers["Retry-After"].endswith("GMT") else date}
     hub = site.stranger()
     site.server.faults.set(Fault(TREE, times=1, status=429, headers=headers))
     with pytest.raises(Unavailable) as caught:

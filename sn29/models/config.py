@@ -62,6 +62,8 @@ def _finite(text: str) -> float:
     return value
 
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""How JSON can name half a character; UTF-8 cannot hold one."""
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
@@ -83,7 +85,10 @@ def strict_json(data: bytes, reason: Reason, where: str) -> dict[str, Any]:
             parse_constant=_no_constant,
             parse_float=_finite,
         )
-        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair, which JSON can name, is no text
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Rejected(reason, "half of a surrogate pair", "texts of whole characters", where) from None
     except (ValueError, RecursionError) as error:
         raise Rejected(reason, f"{type(error).__name__}: {str(error)[:80]}", "a JSON object", where) from None
     if not isinstance(value, dict):

@@ -790,6 +790,7 @@ class PublishingWriter(Writer):
         assert set(plain.values()) == {1}, "some were written twice"
 
 
+@pytest.mark.timeout(900)  # a minute alone, several on a machine that does other work
 def test_a_thousand_operations_under_random_faults_lose_nothing_and_write_nothing_twice(make_net: MakeNet) -> None:
     net = make_net(weights_rate_limit=0, tempo=50_000, mechanisms=2, block_seconds=0.1)
     assert (WRITERS + PUBLISHERS) * (PLAIN + SEALED) == OPERATIONS

@@ -21,7 +21,7 @@ from sn29.settings import NeuronSettings, default_cache
 if TYPE_CHECKING:
     from sn29.chain import Chain
     from sn29.corpus import DataFiles
-    from sn29.examination import Rules
+    from sn29.examination import FixedText, Rules
     from sn29.hub import Hub
 
 HALL_OF_FAME = "hall_of_fame.yaml"
@@ -225,20 +225,33 @@ def dataset_of(hub: Hub, folder: Path) -> Callable[[Competition, int], DataFiles
 
 @dataclass(slots=True)
 class Tokenizers:
-    """Fixed tokenizers, fetched once and checked against their fingerprint each time the program starts."""
+    """Fixed tokenizers, fetched once and checked against their fingerprint when the program starts.
+
+    A file that is another one than was checked (its hash is looked at each time: 1 ms a MB) is checked again, and one that
+    is no good is thrown away and fetched again: what happens on this machine's disk is no miner's fault.
+    """
 
     hub: Hub
     folder: Path
-    _checked: dict[str, tuple[Path, int]] = field(default_factory=dict)
+    _checked: dict[str, FixedText] = field(default_factory=dict)
 
-    def __call__(self, wanted: FixedTokenizer) -> tuple[Path, int]:
-        """(path of tokenizer.json, its largest id). Raises Rejected(TOKENIZER) when the content is another one."""
+    def __call__(self, wanted: FixedTokenizer) -> FixedText:
+        """Raises Rejected(TOKENIZER) when the content that the Hub gives is another one, and what the Hub raises."""
+        from sn29.examination import FixedText
+
         pin = wanted.fingerprint or f"unpinned {wanted.hub} {wanted.revision}".replace("/", " ")
-        if pin not in self._checked:
-            path = self.folder / pin / "tokenizer.json"
-            if not path.exists():
-                self._fetch(wanted, path)
-            self._checked[pin] = (path, self._check(path, wanted))
+        path = self.folder / pin / "tokenizer.json"
+        known = self._checked.get(pin)
+        if known is not None and path.is_file() and known.oid == _oid(path):
+            return known
+        if path.is_file():
+            try:
+                self._checked[pin] = FixedText(path, self._check(path, wanted), _oid(path))
+                return self._checked[pin]
+            except Rejected as error:
+                telemetry.warn("disk", f"{error}; thrown away and fetched again")
+        self._fetch(wanted, path)
+        self._checked[pin] = FixedText(path, self._check(path, wanted), _oid(path))
         return self._checked[pin]
 
     def _fetch(self, wanted: FixedTokenizer, path: Path) -> None:
@@ -254,11 +267,19 @@ class Tokenizers:
         shutil.rmtree(part)
 
     def _check(self, path: Path, wanted: FixedTokenizer) -> int:
+        """Its largest id. Deletes what it refuses."""
         from sn29.models.tokenizer import Tokenizer
 
-        tokenizer = Tokenizer.load(path)
-        if wanted.fingerprint is not None and tokenizer.fingerprint() != wanted.fingerprint:
-            got = tokenizer.fingerprint()
-            path.unlink()
-            raise Rejected(Reason.TOKENIZER, f"fingerprint {got}", wanted.fingerprint, wanted.hub)
+        try:
+            tokenizer = Tokenizer.load(path)
+            if wanted.fingerprint not in (None, found := tokenizer.fingerprint()):
+                raise Rejected(Reason.TOKENIZER, f"fingerprint {found}", wanted.fingerprint, wanted.hub)
+        except Rejected:
+            path.unlink(missing_ok=True)
+            raise
         return tokenizer.largest_id()
+
+
+def _oid(path: Path) -> str:
+    with path.open("rb") as stream:
+        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"

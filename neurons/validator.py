@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 async def run(settings: ValidatorSettings) -> None:
     """Both loops until one ends or a signal comes."""
     from neurons.adapters import RulesReader, Tokenizers, dataset_of, open_chain
+    from sn29.evaluation.confinement import hide
     from sn29.evaluation.worker import self_test
     from sn29.examination import Machine, Ports
     from sn29.hub import Hub
@@ -47,6 +48,7 @@ async def run(settings: ValidatorSettings) -> None:
     from sn29.round import begin_with
     from sn29.store import Store
 
+    hide()
     RulesReader(settings)  # what is wrong with a file is said before anything is opened
     hub = Hub(settings.hub_endpoint, say=telemetry.warn)
     store = Store(settings.state_dir / "store.db")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sn29.errors import Reason, Rejected, reasons_table
+from sn29.errors import Reason, Rejected, Unavailable, reasons_table
 
 if TYPE_CHECKING:
     from sn29.hub import Hub
+    from sn29.records import ModelId
     from sn29.rules.competition import Competition
     from sn29.settings import CheckSettings
     from sn29.submission import Checked, FixedText
@@ -42,10 +44,14 @@ def check(words: list[str]) -> int:
 
     hub = Hub(settings.hub_endpoint)
     folder = Path(settings.model).expanduser()
-    if "@" in settings.model and not folder.is_dir():
-        checked = _repository(settings, hub, competition)
-    else:
-        checked = _folder(settings, hub, competition, folder)
+    try:
+        if "@" in settings.model and not folder.is_dir():
+            checked = _repository(settings, hub, competition)
+        else:
+            checked = _folder(settings, hub, competition, folder)
+    except Unavailable as error:
+        _say_unavailable(error, competition.name, as_json=settings.json_output)
+        return 2
     _say(checked, competition.name, as_json=settings.json_output)
     return 1 if checked.refusals else 0
 
@@ -78,8 +84,7 @@ def _folder(settings: CheckSettings, hub: Hub, competition: Competition, folder:
 def _repository(settings: CheckSettings, hub: Hub, competition: Competition) -> Checked:
     """A repository as everybody sees it: without a token. A branch stands for the revision that it points to now."""
     from sn29.records import ModelId
-    from sn29.settings import default_cache
-    from sn29.submission import Checked, check_published, inspect
+    from sn29.submission import Checked
 
     repo, _, revision = settings.model.rpartition("@")
     ModelId.parse(f"{repo}@{'0' * 40}")  # whether the name can be one, before anybody is asked
@@ -87,17 +92,27 @@ def _repository(settings: CheckSettings, hub: Hub, competition: Competition) -> 
         if len(revision) != 40:
             revision = hub.resolve(repo, ref=revision)
             _unless(settings.json_output, f"{repo} is at {revision}")
-        listing = hub.listing(ModelId.parse(f"{repo}@{revision}"))
-    except Rejected as error:
+        return _published(settings, hub, competition, ModelId.parse(f"{repo}@{revision}"))
+    except Rejected as error:  # e.g. a gated repository, which lists its files and gives none
         if error.reason is Reason.SETTING:
             raise
         return Checked(None, (error,))
+
+
+def _published(settings: CheckSettings, hub: Hub, competition: Competition, model: ModelId) -> Checked:
+    """Raises Rejected for what the Hub says of the repository, Unavailable."""
+    from sn29.settings import default_cache
+    from sn29.submission import check_published, inspect
+
+    listing = hub.listing(model)
     fixed = _fixed(settings, hub, competition, has_own=any(f.path == "tokenizer.json" for f in listing.files))
     if settings.metadata_only:
-        return inspect(listing, hub.reader(listing.model), competition, fixed)
-    models = default_cache() / "models"
+        return inspect(listing, hub.reader(listing), competition, fixed)
+    models, most = default_cache() / "models", int(settings.models_gb * 1e9) or None
     _unless(settings.json_output, f"what the metadata allows is fetched into {models}")
-    return asyncio.run(check_published(hub, listing, competition, fixed, models, threads=THREADS, deadline_s=DEADLINE_S))
+    return asyncio.run(
+        check_published(hub, listing, competition, fixed, models, threads=THREADS, deadline_s=DEADLINE_S, models_bytes=most)
+    )
 
 
 def _fixed(settings: CheckSettings, hub: Hub, competition: Competition, *, has_own: bool) -> FixedText | None:
@@ -113,16 +128,30 @@ def _fixed(settings: CheckSettings, hub: Hub, competition: Competition, *, has_o
     from sn29.submission import FixedText
 
     if settings.tokenizer is None:
-        return FixedText(*Tokenizers(hub, default_cache() / "tokenizers")(prescribed))
-    tokenizer = Tokenizer.load(settings.tokenizer)
+        try:
+            return Tokenizers(hub, default_cache() / "tokenizers")(prescribed)
+        except Rejected as error:  # the competition's own repository: nothing is known of the model then
+            raise Unavailable(f"tokenizer of {competition.name}", str(error)) from None
+    where = f"--tokenizer {settings.tokenizer}"
+    try:
+        tokenizer = Tokenizer.load(settings.tokenizer)
+    except Rejected as error:
+        raise Rejected(Reason.SETTING, error.got, error.limit, where) from None
     if prescribed.fingerprint not in (None, found := tokenizer.fingerprint()):
-        raise Rejected(Reason.TOKENIZER, found, prescribed.fingerprint, str(settings.tokenizer))
+        raise Rejected(Reason.SETTING, f"a tokenizer {found}", prescribed.fingerprint, where)
     return FixedText(settings.tokenizer, tokenizer.largest_id())
 
 
 def _unless(as_json: bool, line: str) -> None:
     if not as_json:
         print(line)
+
+
+def _say_unavailable(error: Unavailable, competition: str, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"competition": competition, "allowed": None, "unavailable": str(error)}, indent=2))
+    else:
+        print(f"sn29 check: nothing is known, try again: {error}", file=sys.stderr)
 
 
 def _say(checked: Checked, competition: str, *, as_json: bool) -> None:

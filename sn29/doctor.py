@@ -314,16 +314,18 @@ async def device(facts: Facts) -> str:
 
 
 async def confinement(facts: Facts) -> str:
-    """What a stranger's model must not be able to do is tried in a confined process."""
+    """What a stranger's model must not be able to do is tried in a process that is confined as for the device."""
     from sn29.evaluation.confinement import describe
 
-    found = await _beside(describe)
-    open_ = [f"{one.what} ({one.how})" for one in found if not one.holds]
-    if open_:
-        raise _Bad(
-            f"not kept from strangers' models: {'; '.join(open_)}", "use Linux 5.13 or newer, as root or with user namespaces"
-        )
-    return f"strangers' models are kept from {', '.join(one.what for one in found)}"
+    s = facts.settings
+    assert isinstance(s, DoctorOfValidator)
+    found = await _beside(lambda: describe(device=s.device))
+    told = [f"{one.what} ({one.how})" for one in found if not one.holds]
+    if any(not one.holds and one.can_hold for one in found):
+        advice = "use Linux 6.7 or newer on x86-64 or 64-bit Arm, as root or with user namespaces"
+        raise _Bad(f"a stranger's model can {'; '.join(told)}", advice)
+    said = f"a stranger's model cannot {', '.join(one.what for one in found if one.holds)}"
+    return f"{said}; it can {'; '.join(told)}" if told else said
 
 
 def _bytes_of(dtype: str) -> int:

@@ -4,7 +4,7 @@ Strangers' repositories are read without a token, so that every validator sees t
 own repositories only, and never leaves the endpoint: a redirect is followed by hand, to places that a Hub keeps files
 in. Every request has a timeout (the library's calls come without) and every body that is read into memory has a limit.
 What comes out is `Unavailable` when the Hub did not answer and `Rejected` when it did and said no. A Hub that asks for
-a pause gets it from every call, and without another request.
+a pause gets it from every call, and without another request. `within` bounds what several calls may take together.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import hashlib
 import io
 import ipaddress
 import json
+import math
 import os
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -93,6 +95,25 @@ def silent(event: str, sentence: str) -> None:
     """Says nothing."""
 
 
+class FileRefused(Unavailable):
+    """The store of a Hub does not hand out a file (403, 404 or 410) that the Hub has sent us there for: the object behind it
+    is gone, or the store has a bad day."""
+
+
+_ENDS: ContextVar[float] = ContextVar("ends", default=math.inf)
+"""Monotonic time at which the calls of this task, and of the threads that it starts by `asyncio.to_thread`, are over."""
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """What is asked of a Hub within the block ends after so many seconds together: then all of it is Unavailable."""
+    before = _ENDS.set(min(_ENDS.get(), time.monotonic() + seconds))
+    try:
+        yield
+    finally:
+        _ENDS.reset(before)
+
+
 class Hub:
     """One Hub, seen by one user or by nobody in particular."""
 
@@ -163,17 +184,18 @@ class Hub:
         A server that ignores Range is cut off once it has sent start + length bytes. Raises as `stream` does.
         """
 
-        def whole() -> bytes:
-            ends = time.monotonic() + self._timeout_s + (start + length) / _SLOWEST_BYTES_PER_S
-            found = bytearray()
-            pieces = self._chunks(repo, path, kind, start, start + length, self._timeout_s, as_owner) if length else ()
-            for data in pieces:
-                found += data
-                if time.monotonic() > ends:
-                    raise Unavailable(f"{repo} {path}", f"{len(found)} of {length} bytes came in time")
-            return bytes(found)
+        return self._again(lambda: self._span(repo, path, start, length, kind, as_owner))
 
-        return self._again(whole)
+    def _span(self, repo: ModelId, path: str, start: int, length: int, kind: Kind = "model", as_owner: bool = False) -> bytes:
+        """`read`, one attempt."""
+        ends = min(_ENDS.get(), time.monotonic() + self._timeout_s + (start + length) / _SLOWEST_BYTES_PER_S)
+        found = bytearray()
+        pieces = self._chunks(repo, path, kind, start, start + length, self._timeout_s, as_owner) if length else ()
+        for data in pieces:
+            found += data
+            if time.monotonic() > ends:
+                raise Unavailable(f"{repo} {path}", f"{len(found)} of {length} bytes came in time")
+        return bytes(found)
 
     def stream(
         self, repo: ModelId, path: str, *, start: int = 0, kind: Kind = "model", timeout_s: float | None = None
@@ -194,7 +216,7 @@ class Hub:
         files = {} if isinstance(repo, ModelId) else {file.path: file for file in repo.files}
 
         def checked(path: str, start: int, length: int) -> bytes:
-            data = self.read(model, path, start=start, length=length, as_owner=as_owner)
+            data = self._span(model, path, start, length, as_owner=as_owner)
             file = files.get(path)
             if file is None:
                 return data
@@ -291,6 +313,8 @@ class Hub:
         if tried >= self._attempts or (error.retry_s or 0.0) > _LONGEST_WAIT_S:
             raise error
         pause_s = error.retry_s or min(_LONGEST_WAIT_S, self._pause_s * 2 ** (tried - 1))
+        if time.monotonic() + pause_s >= _ENDS.get():
+            raise error
         self._say("hub retry", f"{error}; attempt {tried + 1} of {self._attempts} in {pause_s:.1f} s")
         time.sleep(pause_s)
 
@@ -319,7 +343,7 @@ class Hub:
         token = self._token or False if as_owner and home else False
         sent = {**build_hf_headers(token=token), "Accept-Encoding": "identity", **headers}
         with _our_errors(where):
-            request = get_session().build_request(method, url, headers=sent, timeout=timeout_s)
+            request = get_session().build_request(method, url, headers=sent, timeout=min(timeout_s, _left_s(where)))
             stated = ""
             for _ in range(_REDIRECTS + 1):
                 with self._sent(request, where) as response:
@@ -344,9 +368,10 @@ class Hub:
             raise Unavailable(where, f"a redirect to {request.url.copy_with(query=None)}, which is no place of this Hub")
         api = request.url.path.startswith("/api/") and not request.url.path.startswith("/api/resolve-cache/")
         budget = "api" if api else "files"
-        left_s = self._held.get(budget, 0.0) - time.monotonic()
-        if left_s > 0:
-            raise Unavailable(where, f"the Hub asked for {left_s:.0f} s more without requests", retry_s=left_s)
+        held_s = self._held.get(budget, 0.0) - time.monotonic()
+        if held_s > 0:
+            raise Unavailable(where, f"the Hub asked for {held_s:.0f} s more without requests", retry_s=held_s)
+        _left_s(where)
         self.asked[budget] += 1
         response = get_session().send(request, stream=True, follow_redirects=False)
         try:
@@ -356,7 +381,8 @@ class Hub:
             if response.status_code >= 400 and response.status_code != 416:  # 416, a span behind the end: no bytes
                 if self._is_hub(request.url):
                     raise _from_status(response, where)
-                raise Unavailable(where, f"HTTP {response.status_code} from {request.url.host}", _retry_s(response))
+                kind = FileRefused if response.status_code in (403, 404, 410) else Unavailable
+                raise kind(where, f"HTTP {response.status_code} from {request.url.host}", _retry_s(response))
             yield response
         finally:
             response.close()
@@ -375,12 +401,18 @@ class Hub:
             self._say("hub limit", f"the Hub asks for {retry_s:.0f} s without requests of its budget {budget!r}")
 
     def _json(self, url: str, where: str, *, as_owner: bool, longest: int = _PAGE_BYTES) -> tuple[Any, str | None]:
-        """The reply's value and the address of the next page. Raises Rejected(FORBIDDEN_FILE) beyond `longest` bytes."""
+        """The reply's value and the address of the next page. Raises Rejected(FORBIDDEN_FILE) beyond `longest` bytes.
+
+        Of JSON only: the page of something that stands between us and the Hub says nothing about a model, however long.
+        """
 
         def whole() -> tuple[Any, str | None]:
-            ends = time.monotonic() + 2 * self._timeout_s
+            ends = min(_ENDS.get(), time.monotonic() + 2 * self._timeout_s)
             body = bytearray()
             with self._response(url, where, self._timeout_s, as_owner=as_owner) as response:
+                kind = response.headers.get("content-type", "no type")
+                if not kind.startswith("application/json"):
+                    raise Unavailable(where, f"the reply is not JSON: {shown(kind, 60)}")
                 for data in response.iter_raw():
                     body += data
                     if len(body) > longest:
@@ -531,6 +563,14 @@ def _from_status(response: httpx2.Response, where: str, words: str | None = None
     if said == "Access to this resource is disabled." or (said and status == 403):
         return Rejected(Reason.REPOSITORY_CLOSED, got, "a public repository without a gate", where)
     return Unavailable(where, got, _retry_s(response))
+
+
+def _left_s(where: str) -> float:
+    """Seconds that `within` leaves. Raises Unavailable when there are none."""
+    left = _ENDS.get() - time.monotonic()
+    if left <= 0:
+        raise Unavailable(where, "the time for this repository is over: it did not answer in time")
+    return left
 
 
 def _drain(response: httpx2.Response) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -30,7 +31,9 @@ from typing import Any
 from sn29 import record_files
 from sn29.corpus import draw
 from sn29.errors import Reason, Rejected, Unavailable
+from sn29.evaluation.worker import sweep
 from sn29.examination import (
+    EXCUSED_BLOCKS,
     SOFTWARE,
     Entrant,
     Measured,
@@ -69,8 +72,11 @@ from sn29.rules.selection import (
     select,
     top_miners,
 )
-from sn29.store import Standing
+from sn29.store import Standing, Unanswered
 from sn29.telemetry import bug, tell
+
+WAITS = 2
+"""Rounds of a week that one hotkey may hold up, and places that one model may have in vain before it waits behind others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +240,10 @@ async def run_round(ports: Ports, rules: Rules, plan: Plan) -> Mapping[int, Weig
     Raises Unavailable when chain or text do not answer.
     """
     tell("round", f"round of block {plan.block}", block=plan.block)
+    sweep(ports.machine.work_dir)  # of a validator that was killed; nothing is evaluated yet
     known = {key: Claim(*claim) for key, claim in ports.store.claims().items()}
     claimed = await _claimed(ports, {window.seed.block - 1 for window in plan.windows.values()})
-    admitted = [await _admit(ports, rules, w, claimed[w.seed.block - 1], known) for w in plan.windows.values()]
+    admitted = [await _admit(ports, rules, plan, w, claimed[w.seed.block - 1], known) for w in plan.windows.values()]
     no_competition = tuple(dict.fromkeys(o for a in admitted for o in a.no_competition))
     say_refused(no_competition)
     # Copies are looked for across competitions: a model has one owner, wherever it is entered.
@@ -252,7 +259,7 @@ async def run_round(ports: Ports, rules: Rules, plan: Plan) -> Mapping[int, Weig
     say_refused(outcome_of(r) for hotkey, r in known_now.copies.items() if hotkey not in known_before.copies)
     _keep_claims(ports, known_now.claims)
     judged = {t.admitted.competition.name: _judge(t, known_now) for t in tried}
-    await _wait_for_the_unavailable(ports, plan, judged)
+    await _wait_for_the_unavailable(ports, plan, tried, judged)
     registered = sorted(n.hotkey for n in graph.neurons)
     last = ports.store.weights(before=plan.block)
     decision = decide({n: j.contest for n, j in judged.items()}, rules.hall_of_fame, last, plan.block, registered)
@@ -319,16 +326,45 @@ def _say_scores(record: RoundRecord) -> None:
         tell("weights", what, **shares)
 
 
-async def _wait_for_the_unavailable(ports: Ports, plan: Plan, judged: Mapping[str, Judged]) -> None:
+async def _wait_for_the_unavailable(ports: Ports, plan: Plan, tried: Sequence[Tried], judged: Mapping[str, Judged]) -> None:
     """A round is not closed over the head of a miner whose repository did not answer, until a quarter of the window is over.
 
-    Raises Unavailable: the round is tried again, and what was measured is known by then.
+    But each hotkey may hold up WAITS rounds in a week, because anybody can publish what never answers; and nobody waits for
+    a model that is tried again in the next round only. Raises Unavailable: the round is tried again, and what was measured
+    is known by then.
     """
-    missing = [m.hotkey for j in judged.values() for m in j.models if m.outcome.status == "unavailable"]
+    missing = {m.hotkey: m.outcome.model for j in judged.values() for m in j.models if m.outcome.status == "unavailable"}
+    measured = {c.hotkey: m for t in tried for c, m in t.measured.items() if m.outcome.status != "evaluated"}
+    models = missing | {hotkey: m.outcome.model for hotkey, m in measured.items()}
+    before = _unanswered(ports, plan)
+    found = [Unanswered(hotkey, model, plan.block, placed=hotkey in measured) for hotkey, model in models.items()]
+    ports.store.keep_unanswered(found, forget_before=plan.block - EXCUSED_BLOCKS)
+    rounds = Counter(hotkey for hotkey, _ in {(row.hotkey, row.round) for row in before})
+    over = {hotkey for hotkey, m in measured.items() if m.is_over}
+    waited = [hotkey for hotkey in missing if hotkey not in over and rounds[hotkey] < WAITS]
     patience = min(j.contest.competition.samples.window_blocks for j in judged.values()) // 4
-    if missing and (await ports.chain.finalized()).block < plan.block + patience:
+    if waited and (await ports.chain.finalized()).block < plan.block + patience:
         until = f"tried again until block {plan.block + patience}"
-        raise Unavailable("round", f"{len(missing)} models could not be looked at ({missing[0]}...); {until}")
+        raise Unavailable("round", f"{len(waited)} models could not be looked at ({waited[0]}...); {until}")
+
+
+def _unanswered(ports: Ports, plan: Plan) -> tuple[Unanswered, ...]:
+    """Of the rounds before this one: what a try of it finds must not change what the next try of it does."""
+    return ports.store.unanswered(since=plan.block - EXCUSED_BLOCKS, before=plan.block)
+
+
+def _last_tried(ports: Ports, plan: Plan, competition: str) -> dict[str, int]:
+    """Model id -> block of the newest round that evaluated it, or had a place for it in vain more than once.
+
+    What never ends in a result stays new for ever, and would keep one of the places for new models.
+    """
+    found = ports.store.last_evaluated(competition)
+    in_vain: dict[str, list[int]] = {}
+    for row in _unanswered(ports, plan):
+        if row.placed:
+            in_vain.setdefault(row.model, []).append(row.round)
+    tired = {model: max(*rounds, found.get(model, 0)) for model, rounds in in_vain.items() if len(rounds) >= WAITS}
+    return found | tired
 
 
 def _wanted(ports: Ports, admitted: Sequence[Admitted]) -> set[str]:
@@ -419,6 +455,7 @@ def _parsed(raw: RawCommitment) -> Commitment | Sealed | Outcome:
 async def _admit(
     ports: Ports,
     rules: Rules,
+    plan: Plan,
     window: Window,
     claimed: Sequence[Commitment | Sealed | Outcome],
     known: Mapping[str, Claim],
@@ -428,7 +465,8 @@ async def _admit(
     competition = rules.at(name, window.seed.block)
     shared = tokenizer_for(competition, has_own=False)
     try:
-        largest_id = (await asyncio.to_thread(ports.tokenizer, shared))[1] if shared else None  # the first call fetches it
+        # the first call fetches it
+        largest_id = (await asyncio.to_thread(ports.tokenizer, shared)).largest_id if shared else None
     except Rejected as error:  # the competition's own repository, no miner's: nothing can be judged until it is mended
         raise Unavailable(f"tokenizer of {name}", str(error)) from None
     commitments, outcomes, no_competition = _sorted_out(rules, window, claimed)
@@ -443,8 +481,9 @@ async def _admit(
     for commitment in selection.by_competition[name]:
         try:
             found = await inspect(
-                ports, rules, competition, window, commitment, largest_id, since=since.get(commitment), earlier=earlier
-            )
+                ports, rules, competition, window, commitment, largest_id,
+                since=since.get(commitment), earlier=earlier, block=plan.block,
+            )  # fmt: skip
         except Exception as error:  # noqa: BLE001 - a bug that one stranger's files bring up must not stop all the others
             bug(f"looking at {commitment.hotkey} failed")
             found = put_off(commitment, Unavailable("inspection", f"{type(error).__name__}"))
@@ -498,7 +537,7 @@ async def _try(
         owners,
         competition.pool,
         store.last_standing(competition.name, before=window.seed.block),
-        store.last_evaluated(competition.name),
+        _last_tried(ports, plan, competition.name),
         challenging=[d.challenger for d in sorted(duels, key=lambda d: (d.high, d.challenger))],
         favoured=favoured,
         resting=far | copies.keys(),
@@ -507,9 +546,20 @@ async def _try(
     samples, revisions = await asyncio.to_thread(_draw, ports, competition, window)
     tell("samples", f"{competition.name}: {len(samples)} samples drawn by the hash of block {window.seed.block}")
     paid = _paid(before)
-    measured = {c: await measure(ports, competition, mine[c], samples, plan.block, paid) for c in choice.chosen}
+    measured = {c: await _measure(ports, competition, mine[c], samples, plan.block, paid) for c in choice.chosen}
     waiting = {c: _waiting(c, copies.get(c.hotkey), out_of_reach=c.hotkey in far) for c in choice.waiting}
     return Tried(admitted, memory, samples, revisions, measured, waiting)
+
+
+async def _measure(
+    ports: Ports, competition: Competition, entrant: Entrant, samples: tuple[Sample, ...], block: int, paid: Collection[str]
+) -> Measured:
+    """`measure`; a bug that one stranger's model brings up must not stop all the others."""
+    try:
+        return await measure(ports, competition, entrant, samples, block, paid)
+    except Exception as error:  # noqa: BLE001
+        bug(f"measuring {entrant.commitment.hotkey} failed")
+        return Measured(put_off(entrant.commitment, Unavailable("evaluation", type(error).__name__)))
 
 
 def _paid(before: RoundRecord | None) -> frozenset[str]:

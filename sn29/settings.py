@@ -330,7 +330,13 @@ class DemoSettings(_Settings):
 
 
 class CheckSettings(_Settings):
-    """Run the checks that a validator would run on a model. Exit 0: allowed. Exit 1: refused, with all reasons."""
+    """
+    Run the checks that a validator would run on a model. Exit 0: allowed. Exit 1: refused, with all reasons. Exit 2: Hub, disk
+    or evaluation did not answer, so nothing is known; with --json the answer has `unavailable` then.
+
+    All reasons: of the metadata all that apply, then, where it can be loaded, what tokenizer and weights show. A repository
+    is fetched only if its metadata is allowed, into the folder models of sn29's cache, where it stays for the next time.
+    """
 
     model_config = SettingsConfigDict(cli_prog_name="sn29 check")
 
@@ -343,6 +349,10 @@ class CheckSettings(_Settings):
         DEFAULT_HUB, "Hub of REPO and of the competition's tokenizer", "hub.endpoint", variables=("HF_ENDPOINT",)
     )
     metadata_only: bool = _flag(False, "stop before the weights are fetched or loaded", "metadata-only")
+    models_gb: float = _flag(
+        40.0, "GB that fetched models may take in the cache; the longest unused are deleted first; 0 = what is free",
+        "models.gb", ge=0,
+    )  # fmt: skip
     json_output: bool = _flag(False, "print the answer as JSON", "json")
 
 

@@ -18,7 +18,7 @@ from sn29.errors import Reason, Rejected
 from sn29.records import Commitment, Identity, Loss, ModelFacts, ModelId, Outcome, RepoFile, RepoListing, Weights
 from sn29.round_record import RoundRecord, decode, encode
 
-SCHEMA = 4
+SCHEMA = 5
 
 _TABLES = """
 create table meta(key text primary key, value text not null) strict;
@@ -29,6 +29,9 @@ create table verdict(
   primary key (hotkey, block, data, rules)) strict;
 create table failure(hotkey text, block integer, data blob, count integer not null,
   primary key (hotkey, block, data)) strict;
+create table unanswered(
+  hotkey text, model text, round integer, placed integer not null, over integer not null,
+  primary key (hotkey, model, round)) strict;
 create table repository(model text primary key, files text not null, facts text, read_by text not null) strict;
 create table content(content_id text primary key, tensor_digest text, since integer, fingerprint text) strict;
 create table loss(
@@ -63,6 +66,13 @@ create table content(content_id text primary key, tensor_digest text, since inte
 """
 """From schema 3, which asked the Hub for everything in each round, and knew a content by its files alone."""
 
+_FROM_4 = """
+create table unanswered(
+  hotkey text, model text, round integer, placed integer not null, over integer not null,
+  primary key (hotkey, model, round)) strict;
+"""
+"""From schema 4, by which every round waited for whoever did not answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -83,6 +93,21 @@ class StoredRepository:
     listing: RepoListing
     facts: ModelFacts | None
     """None: its metadata was not read, or not by the software that asks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """A round in which a model could not be judged: its repository did not answer, or its evaluation gave nothing."""
+
+    hotkey: str
+    model: str
+    """Model id."""
+    round: int
+    """Block."""
+    placed: bool = False
+    """It had a place under evaluation, in vain."""
+    over: bool = False
+    """Its evaluation failed in such a way that it is tried again in the next round only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +154,7 @@ class Store:
     """The validator's memory, in `path`. Several processes may read while one writes."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        """Opens or creates the file; one of schema 2 or 3 is brought up to date, unless it is only read.
+        """Opens or creates the file; one of schema 2, 3 or 4 is brought up to date, unless it is only read.
 
         Raises Rejected(SETTING) for a file of another schema.
         """
@@ -145,7 +170,7 @@ class Store:
             raise Rejected(Reason.SETTING, f"{path}: {error}", "a folder that can be written to") from None
         schema = self._value("select value from meta where key = 'schema'")
         if schema != str(SCHEMA):
-            older = "; start the validator once, which brings it up to date" if schema in ("2", "3") else ""
+            older = "; start the validator once, which brings it up to date" if schema in ("2", "3", "4") else ""
             raise Rejected(Reason.SETTING, f"schema {schema} in {path}", f"schema {SCHEMA}{older}")
 
     def _create(self) -> None:
@@ -159,10 +184,11 @@ class Store:
                 return
             if self._value("select value from meta where key = 'schema'") == "2":
                 self._update_from_2(db)
-            if self._value("select value from meta where key = 'schema'") == "3":
-                for statement in filter(str.strip, _FROM_3.split(";")):
-                    db.execute(statement)
-                db.execute("update meta set value = '4' where key = 'schema'")
+            for before, after, statements in (("3", "4", _FROM_3), ("4", "5", _FROM_4)):
+                if self._value("select value from meta where key = 'schema'") == before:
+                    for statement in filter(str.strip, statements.split(";")):
+                        db.execute(statement)
+                    db.execute("update meta set value = ? where key = 'schema'", (after,))
 
     @staticmethod
     def _update_from_2(db: sqlite3.Connection) -> None:
@@ -279,6 +305,22 @@ class Store:
         key = (commitment.hotkey, commitment.block, commitment.encode())
         with self._transaction() as db:
             db.execute("delete from failure where hotkey = ? and block = ? and data = ?", key)
+
+    def keep_unanswered(self, found: Iterable[Unanswered], *, forget_before: int) -> None:
+        """Notes them; what was noted of the same round before stays true. Older rounds than `forget_before` are forgotten."""
+        with self._transaction() as db:
+            db.execute("delete from unanswered where round < ?", (forget_before,))
+            db.executemany(
+                "insert into unanswered values (?1, ?2, ?3, ?4, ?5) on conflict do update"
+                " set placed = max(placed, ?4), over = max(over, ?5)",
+                [(u.hotkey, u.model, u.round, int(u.placed), int(u.over)) for u in found],
+            )
+
+    def unanswered(self, *, since: int, before: int, model: ModelId | None = None) -> tuple[Unanswered, ...]:
+        """Of the rounds from block `since` on and before another; of all models, or of one. Oldest first."""
+        query = "select * from unanswered where round >= ? and round < ? and (?3 is null or model = ?3) order by round, hotkey"
+        rows = self._db.execute(query, (since, before, None if model is None else str(model)))
+        return tuple(Unanswered(hotkey, name, round, bool(placed), bool(over)) for hotkey, name, round, placed, over in rows)
 
     # --- models -----------------------------------------------------------------------------------------------------
 

@@ -26,12 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sn29.chain import Chain
-from sn29.errors import Reason, Rejected, Sn29Error
-from sn29.evaluation.worker import Job, evaluate, memory_needed
+from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
+from sn29.evaluation.worker import Job, SeveralReasons, evaluate, memory_needed
+from sn29.examination import FixedText as FixedText
 from sn29.examination import start_token_of, unfit
 from sn29.hub import Hub
 from sn29.models import checkpoint
 from sn29.models.checkpoint import Read
+from sn29.models.disk import Disk
 from sn29.models.fetch import fetch
 from sn29.records import Commitment, Loss, ModelFacts, ModelId, RawCommitment, RepoFile, RepoListing, Sample, Sealed
 from sn29.rules.competition import Competition, violations
@@ -50,14 +52,6 @@ PROBES = (
 
 # With these and no others a model can be loaded all the same.
 _LOADABLE = {Reason.FAMILY, Reason.PARAMETERS, Reason.TOO_LARGE}
-
-
-@dataclass(frozen=True, slots=True)
-class FixedText:
-    """The competition's own tokenizer, fetched and checked."""
-
-    path: Path
-    largest_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +108,17 @@ async def check(
         threads=threads,
         samples=tuple(Sample(f"{i:032x}", text) for i, text in enumerate(PROBES)),
         files=files,
+        tokenizer_oid=fixed.oid if fixed else "",
+        every_reason=True,
     )
     try:
         found = await evaluate(job, deadline_s=deadline_s, memory_bytes=memory_needed(facts, 512))
+    except SeveralReasons as errors:
+        return Checked(facts, (*checked.refusals, *errors.found))
     except Rejected as error:
         return Checked(facts, (*checked.refusals, error))
-    failure = unfit(found.losses, competition.limits.round_trip_failures)
+    limits = competition.limits
+    failure = unfit(found.losses, limits.round_trip_failures, limits.unscored, own_tokenizer=fixed is None)
     return Checked(facts, (*checked.refusals, *((failure,) if failure else ())), found.losses, found.tensor_digest)
 
 
@@ -132,23 +131,29 @@ async def check_published(
     *,
     threads: int,
     deadline_s: float,
+    models_bytes: int | None = None,
 ) -> Checked:
     """The same on a repository, in a validator's order: what the metadata refuses is not downloaded.
 
-    The files come into a folder of `models_dir`, each checked on arrival, and stay there for the next call. Raises
-    Unavailable when Hub, disk or child gave no answer.
+    The files come into a folder of `models_dir`, each checked on arrival, and stay there for the next call, until another
+    model needs the place: the longest unused is deleted first, to keep to `models_bytes` (None: what the disk has). Raises
+    Unavailable when Hub, disk or child gave no answer, Rejected when the repository closes meanwhile.
     """
-    model = listing.model
-    checked = await asyncio.to_thread(inspect, listing, hub.reader(model), competition, fixed)
+    checked = await asyncio.to_thread(inspect, listing, hub.reader(listing), competition, fixed)
     if checked.facts is None or checked.refusals:
         return checked
-    folder = models_dir / checked.facts.content_id
+    disk, files = Disk(models_dir, budget_bytes=models_bytes), tuple(f for f in listing.files if checkpoint.is_content(f.path))
     try:
-        await asyncio.to_thread(fetch, hub, listing, folder, only=checkpoint.is_content, deadline_s=deadline_s)
-    except Rejected as error:
-        return Checked(checked.facts, (error,))
-    files = tuple(f for f in listing.files if checkpoint.is_content(f.path))
-    return await check(folder, competition, fixed, threads=threads, deadline_s=deadline_s, files=files)
+        with disk.using(checked.facts.content_id) as folder:
+            try:
+                await asyncio.to_thread(
+                    fetch, hub, listing, folder, only=checkpoint.is_content, deadline_s=deadline_s, room=disk.make_room
+                )
+            except Rejected as error:
+                return Checked(checked.facts, (error,))
+            return await check(folder, competition, fixed, threads=threads, deadline_s=deadline_s, files=files)
+    except OSError as error:
+        raise Unavailable("disk", str(error)) from None
 
 
 async def submit(

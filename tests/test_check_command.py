@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi as Api
 
 from sn29.cli import main
 from sn29.errors import Reason
 from sn29.hub import Hub
 from sn29.localnet.hub import LoopbackHub
+from sn29.localnet.hub_faults import Fault
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str]]
@@ -70,7 +72,7 @@ def test_a_repository_is_judged_as_a_validator_judges_it(run, publish, honest, t
     status, told = run(model)
     assert status == 0, told
     assert "allowed for c09" in told
-    assert len(list((tmp_path / "cache/sn29/models").iterdir())) == 1
+    assert len([path for path in (tmp_path / "cache/sn29/models").iterdir() if path.is_dir()]) == 1
     status, told = run("ann/good@main", "--metadata-only")
     assert status == 0, told
     assert model.partition("@")[2] in told
@@ -107,14 +109,59 @@ def hidden(owner: Hub, served: LoopbackHub) -> None:
     owner.set_private("ann/lost", True)
 
 
-@pytest.mark.parametrize("change", [gone, hidden])
-def test_a_repository_that_others_cannot_see_is_refused_by_name(change, run, publish, honest, owner, served):
+def gated(owner: Hub, served: LoopbackHub) -> None:
+    """It lists its files to everybody, and gives them to nobody."""
+    Api(endpoint=served.endpoint, token=served.add_user("ann")).update_repo_settings("ann/lost", gated="manual")
+
+
+@pytest.mark.parametrize("flag", ["", "--metadata-only"])
+@pytest.mark.parametrize("change", [gone, hidden, gated])
+def test_a_repository_that_others_cannot_see_is_refused_by_name(change, flag, run, publish, honest, owner, served):
+    owner.delete("ann/lost")
     model = publish(honest, "lost")
     change(owner, served)
-    status, told = run(model, "--json")
+    status, told = run(model, "--json", *filter(None, [flag]))
     ((refusal),) = json.loads(told)["refusals"]
     assert status == 1
-    assert refusal["reason"] in (Reason.REPOSITORY_GONE.code, Reason.REPOSITORY_CLOSED.code)
+    expected = Reason.REPOSITORY_CLOSED if change is gated else Reason.REPOSITORY_GONE
+    assert refusal["reason"] == expected.code
+    assert f"({expected.code})" in run(model)[1]
+
+
+@pytest.mark.parametrize("place", ["/tree/", "resolve/.*config", "store GET", "zoo/tokenizer"])
+def test_a_hub_that_does_not_answer_has_an_exit_status_and_json_of_its_own(place, run, publish, honest, served, tmp_path):
+    """Also for the competition's own tokenizer: nothing is known of the model then."""
+    if place == "zoo/tokenizer":
+        rules = tmp_path / "c09.yaml"
+        text = rules.read_text().replace("\n  free: true", "\n  hub: zoo/tokenizer\n  fingerprint: null\n  start_token: 0")
+        rules.write_text(text)
+    model = publish(honest, "silent")
+    served.faults.set(Fault(place, status=503, headers={"Retry-After": "60"}))
+    try:
+        status, told = run(model, "--json")
+        answer = json.loads(told)
+        assert (status, answer["allowed"]) == (2, None)
+        assert answer["unavailable"]
+        status, told = run(model)
+        assert (status, "nothing is known" in told) == (2, True)
+    finally:
+        served.faults.set()
+
+
+def test_fetched_models_keep_to_their_budget_of_disk(run, publish, honest, make_checkpoint, tmp_path):
+    other = shutil.copytree(make_checkpoint("Phi3ForCausalLM", seed=7, tie_word_embeddings=True, vocab_size=258), tmp_path / "b")
+    shutil.copy(honest / "tokenizer.json", other)
+    size = sum(path.stat().st_size for path in other.iterdir())
+    budget = ("--models.gb", str(1.5 * size / 1e9))
+    kept = []
+    for name, folder in (("one", honest), ("two", other)):
+        status, told = run(publish(folder, f"budget-{name}"), *budget)
+        assert status == 0, told
+        (whole,) = (path.name for path in (tmp_path / "cache/sn29/models").iterdir() if path.is_dir())
+        kept.append(whole)
+    assert kept[0] != kept[1]
+    status, told = run(publish(honest, "budget-three"), "--models.gb", str(0.1 * size / 1e9))
+    assert (status, "disk" in told) == (2, True)
 
 
 def test_a_revision_that_is_not_there_is_refused_by_name(run, publish, honest):
@@ -137,6 +184,20 @@ def test_a_model_that_is_only_too_large_is_evaluated_too_when_it_is_here_already
     assert status == 1
     assert "(parameters)" in told
     assert "(not_finite)" in told
+
+
+def test_what_tokenizer_and_weights_show_is_told_together(run, honest, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(honest, tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": {"type": "Lowercase"}}))
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"][0] = float("inf")
+    save_file(state, folder / "model.safetensors")
+    status, told = run(folder, "--json")
+    assert status == 1
+    assert [refusal["reason"] for refusal in json.loads(told)["refusals"]] == ["round_trip", "not_finite"]
 
 
 @pytest.mark.parametrize(

@@ -302,6 +302,16 @@ def test_no_such_device(subnet):
     assert_red(subnet.examine("device", "--device", "cuda:99")["device"], "nvidia-smi")
 
 
+def test_what_a_strangers_model_cannot_do_is_tried_as_for_the_device(subnet):
+    """With a GPU the child is confined otherwise, in two steps; the trial needs none."""
+    found = [subnet.examine("confinement", "--device", device)["confinement"] for device in ("cpu", "cuda:99")]
+    assert [finding.state for finding in found] == ["ok", "ok"], found
+    assert all(finding.said.startswith("a stranger's model cannot reach a network, reach a socket of yours") for finding in found)
+    shared = "take shared memory beyond its limit"
+    assert [finding.said.partition("; it can ")[2].startswith(shared) for finding in found] == [False, True]
+    assert shared in found[0].said
+
+
 def test_a_store_of_another_schema(subnet, tmp_path):
     Store(tmp_path / "store.db").close()
     assert "schema" in subnet.examine("store", "--state.dir", str(tmp_path))["store"].said

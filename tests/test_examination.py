@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import shutil
 import signal
@@ -16,21 +17,34 @@ from typing import Any
 import pytest
 from loguru import logger
 
-from neurons.adapters import NOBODY
+from neurons.adapters import NOBODY, Tokenizers
 from sn29 import telemetry
-from sn29.errors import Reason
-from sn29.evaluation.worker import ChildEnded, Ending
-from sn29.examination import Entrant, Machine, Measured, Ports, Rules, _blame, inspect, measure
+from sn29.errors import Reason, Rejected
+from sn29.evaluation.worker import ChildEnded, Ending, Job
+from sn29.examination import (
+    Entrant,
+    FixedText,
+    Machine,
+    Measured,
+    Ports,
+    Rules,
+    _blame,
+    _may_be_the_models,
+    inspect,
+    measure,
+)
 from sn29.hub import Hub
 from sn29.localnet.http_exchange import Wire
 from sn29.localnet.hub import LoopbackHub
 from sn29.localnet.hub_faults import Change, Fault
 from sn29.models import checkpoint, fingerprint
 from sn29.models.disk import Disk
+from sn29.models.tokenizer import Tokenizer
 from sn29.records import Commitment, Head, ModelId, Sample, Window
+from sn29.rules.competition import FixedTokenizer
 from sn29.rules.schedule import in_force, parse_file
 from sn29.rules.selection import Claim, Inspected
-from sn29.store import Store
+from sn29.store import Store, Unanswered
 
 RULES = """\
 reward_share: 1
@@ -78,8 +92,8 @@ class Site:
         assert isinstance(found, Entrant), found
         return found
 
-    def measure(self, entrant: Entrant, ports: Ports | None = None, paid: tuple[str, ...] = ()) -> Measured:
-        return asyncio.run(measure(ports or self.ports, self.competition, entrant, SAMPLES, 1000, paid))
+    def measure(self, entrant: Entrant, ports: Ports | None = None, paid: tuple[str, ...] = (), block: int = 1000) -> Measured:
+        return asyncio.run(measure(ports or self.ports, self.competition, entrant, SAMPLES, block, paid))
 
     def asked(self) -> list[tuple[str, str, int]]:
         """(port and method, path, bytes) of each request since the last look."""
@@ -203,6 +217,51 @@ def test_a_list_with_a_flipped_digit_blames_nobody(site, model):
     assert isinstance(site.look(commitment), Entrant)
 
 
+def test_a_list_that_is_itself_what_is_wrong_must_come_twice(site, model, events):
+    commitment = site.publish("ann", model(1))
+    more = {"Link": f'<{site.server.endpoint}/more>; rel="next"'}
+    site.server.faults.set(Fault("tree", times=1, headers=more))
+    assert isinstance(site.look(commitment), Entrant), "one reply says that there is another page"
+    assert [event for event, _ in events if event == "hub retry"] == ["hub retry"]
+    site.server.faults.set(Fault("tree", headers=more))
+    other = site.validator("other")
+    assert site.look(commitment, other).reason == "forbidden_file"
+    assert len(site.asked()) == 2
+    assert site.look(commitment, other).reason == "forbidden_file"
+    assert site.asked() == [], "remembered"
+
+
+@pytest.mark.timeout(60)
+def test_a_hub_that_is_silent_costs_one_commitment_a_bounded_time(site, model):
+    commitment = site.publish("ann", model(1))
+    hub = Hub(site.server.endpoint, timeout_s=60, attempts=9, pause_s=0.01)
+    hurried = replace(site.ports, hub=hub, machine=replace(site.ports.machine, inspection_s=2))
+    site.server.faults.set(Fault("store GET", wire=Wire(delay_s=90)))
+    assert site.look(commitment, hurried).status == "unavailable"
+
+
+def test_a_store_that_refuses_in_two_rounds_what_the_hub_lists_is_a_revision_that_is_gone(site, model):
+    """Its owner has deleted the object behind the listed file: the Hub itself goes on to name it."""
+    commitment = site.publish("ann", model(1))
+    site.server.faults.set(Fault("store GET", status=403))
+    first = site.look(commitment)
+    assert first.status == "unavailable", "a store may have a bad day"
+    row = Unanswered(commitment.hotkey, str(commitment.model), 1000)
+    site.ports.store.keep_unanswered([row], forget_before=0)
+    assert site.look(commitment).status == "unavailable", "in the same round"
+    second = site.look(commitment, block=2000)
+    assert (second.status, second.reason) == ("rejected", "revision_gone")
+    assert "HTTP 403" in second.got
+    site.server.faults.set(Fault(".", status=403))
+    assert site.look(commitment, block=2000).status == "unavailable", "the Hub itself does not answer"
+    site.server.faults.set()
+    entrant = site.look(commitment, block=2000)
+    assert isinstance(entrant, Entrant), "it may come back"
+    site.server.faults.set(Fault("store GET", status=404))
+    assert site.measure(entrant).outcome.status == "unavailable"
+    assert site.measure(entrant, block=2000).outcome.reason == "revision_gone"
+
+
 # --- copies -----------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +300,25 @@ def test_a_model_is_judged_without_its_fingerprint_and_it_is_taken_later(site, m
     site.server.faults.set()
     site.entrant(commitment)
     assert site.ports.store.fingerprint(found.facts.content_id) is not None
+
+
+def test_a_bit_that_flips_while_a_fingerprint_is_taken_later_refuses_nobody(site, model, events):
+    """The headers are read once more then, and nothing says whether they came as they are."""
+    commitment = site.publish("ann", model(1))
+    for at in (0, 10, 60, 333):
+        ports = site.validator(f"state {at}")
+        site.server.faults.set(Fault("store GET", skip=2, status=500))
+        assert isinstance(site.look(commitment, ports), Entrant)
+        events.clear()
+        site.server.faults.set(Fault("store GET", skip=1 if at else 0, times=1, wire=Wire(flip_at=at)))
+        found = site.look(commitment, ports)
+        assert isinstance(found, Entrant), (at, found)
+    assert "no_fingerprint" in [event for event, _ in events]
+    ports = site.validator("other")
+    site.server.faults.set(Fault("store GET", skip=2, status=500))
+    assert isinstance(site.look(commitment, ports), Entrant)
+    site.server.faults.set(Fault("hub GET .*safetensors", times=1, change="gated"))
+    assert site.look(commitment, ports).reason == "repository_closed", "what the Hub says of the repository counts here too"
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -324,18 +402,175 @@ def _children() -> list[int]:
     ("ending", "reason"),
     [(Ending.DEADLINE, Reason.DEADLINE), (Ending.CPU_TIME, Reason.DEADLINE), (Ending.TOKENIZER, Reason.TOKENIZER),
      (Ending.MEMORY, Reason.CRASHED), (Ending.ABORT, Reason.CRASHED), (Ending.FAULT, Reason.CRASHED),
-     (Ending.ERROR, Reason.CRASHED)],
+     (Ending.ERROR, Reason.CRASHED), (Ending.KILLED, None), (Ending.DEVICE, None), (Ending.DEVICE_MEMORY, None),
+     (Ending.MACHINE, None)],
 )  # fmt: skip
-def test_how_an_evaluation_ends_twice_says_why_a_model_is_refused(site, ending, reason):
-    blamed = _blame(ChildEnded(ending, "the last line"), site.ports.machine)
-    assert blamed.reason is reason
-    assert "the last line" in blamed.got
+def test_how_an_evaluation_ends_twice_says_why_a_model_is_refused_or_that_it_is_not(site, ending, reason):
+    own = Job("/model", "/model/tokenizer.json", 1, 50, "float32", "cpu", 1, ())
+    shared = replace(own, tokenizer="/elsewhere/tokenizer.json")
+    ended = ChildEnded(ending, "the last line")
+    assert _may_be_the_models(ended, own) == (reason is not None)
+    assert _may_be_the_models(ended, shared) == (reason is not None and ending is not Ending.TOKENIZER)
+    if reason is not None:
+        blamed = _blame(ended, site.ports.machine)
+        assert blamed.reason is reason
+        assert "the last line" in blamed.got
 
 
-def test_an_evaluation_that_fails_twice_is_the_models_fault_if_our_own_model_passes(site, model, events):
+def test_a_model_that_is_too_slow_has_its_second_try_in_the_next_round(site, model, events):
+    """Whatever else runs on this machine now may have ended by then. A round that waits for others is no next round."""
     entrant = site.entrant(site.publish("ann", model(1)))
     slow = replace(site.ports, machine=replace(site.ports.machine, evaluation_deadline_s=0.2))
-    found = site.measure(entrant, slow)
+    first = site.measure(entrant, slow)
+    assert (first.outcome.status, first.is_over) == ("unavailable", True)
+    assert "0.2 s" in first.outcome.detail
+    assert "next round" in first.outcome.detail
+    again = site.measure(entrant, slow)
+    assert (again.outcome.status, again.is_over) == ("unavailable", True)
+    assert [event for event, _ in events if event == "retry"] == ["retry"], "not tried again in this round"
+    found = site.measure(entrant, slow, block=2000)
     assert (found.outcome.status, found.outcome.reason) == ("rejected", "deadline")
+    assert site.look(entrant.commitment, slow).reason == "deadline", "remembered"
+    assert isinstance(site.look(entrant.commitment), Entrant), "until the operator gives it more time"
+
+
+SPOILED = """\
+import os, sys
+from importlib.machinery import PathFinder
+
+class AfterTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name != "torch.nn.functional":
+            return None
+        spec = PathFinder.find_spec(name, path)
+        plainly = spec.loader.exec_module
+
+        def then(module):
+            plainly(module)
+            spoil(module)
+
+        spec.loader.exec_module = then
+        return spec
+
+def spoil(module):
+    import torch
+    plain = module.scaled_dot_product_attention
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **more):
+        if query.shape[-1] not in %s:
+            return plain(query, key, value, attn_mask, dropout_p, is_causal, **more)
+        %s
+
+    module.scaled_dot_product_attention = attention
+
+sys.meta_path.insert(0, AfterTorch())
+"""
+"""A sitecustomize.py for children: torch's attention does something else for heads of these sizes."""
+OF_THE_MODEL, OF_ALL = (8,), (8, 16)
+"""Sizes of the heads of the miner's model, and of ours in the self-test too."""
+READS_AHEAD = "return plain(query, key, value, None, 0.0, False, **more)"
+DRAWS = "return plain(query, key, value, attn_mask, dropout_p, is_causal, **more) + torch.randn(())"
+NO_ROOM = "raise RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB. Process 4711 has 70 GiB in use.')"
+
+
+@pytest.fixture
+def spoil(tmp_path, monkeypatch):
+    """spoil(head sizes, what attention does) -> from here on in every child: as a library or a machine that fails would."""
+
+    def put(heads: tuple[int, ...], what: str) -> None:
+        (tmp_path / "spoiled").mkdir(exist_ok=True)
+        (tmp_path / "spoiled" / "sitecustomize.py").write_text(SPOILED % (heads, what))
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'spoiled'}{os.pathsep}{Path(__file__).parents[1]}")
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"), [(READS_AHEAD, "not_causal"), (DRAWS, "not_deterministic"), ("os.abort()", "crashed")]
+)
+def test_a_model_that_fails_twice_is_refused_if_our_own_model_passes(site, model, events, spoil, what, reason):
+    """Metadata cannot show it, and no repository that passes the metadata does it: here torch does it to this model alone."""
+    entrant = site.entrant(site.publish("ann", model(1)))
+    spoil(OF_THE_MODEL, what)
+    found = site.measure(entrant)
+    assert (found.outcome.status, found.outcome.reason) == ("rejected", reason)
     assert [event for event, _ in events if event == "retry"] == ["retry", "retry"]
-    assert site.look(entrant.commitment).reason == "deadline", "remembered"
+    assert site.look(entrant.commitment).reason == reason, "remembered"
+
+
+def test_a_machine_on_which_our_own_model_fails_too_refuses_nobody(site, model, events, spoil):
+    entrant = site.entrant(site.publish("ann", model(1)))
+    spoil(OF_ALL, READS_AHEAD)
+    found = site.measure(entrant)
+    assert (found.outcome.status, "this machine" in found.outcome.detail) == ("unavailable", True)
+    assert [event for event, _ in events if event == "retry"] == ["retry"]
+    assert isinstance(site.look(entrant.commitment), Entrant)
+
+
+def test_a_gpu_that_is_full_refuses_nobody_however_often(site, model, events, spoil):
+    entrant = site.entrant(site.publish("ann", model(1)))
+    spoil(OF_THE_MODEL, NO_ROOM)
+    for block in (1000, 2000):
+        found = site.measure(entrant, block=block)
+        assert (found.outcome.status, found.is_over) == ("unavailable", False)
+        assert "too little free memory on its GPU" in found.outcome.detail
+    assert "retry" not in [event for event, _ in events]
+    assert isinstance(site.look(entrant.commitment), Entrant)
+
+
+# --- the competition's own tokenizer ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spoil_file", ["gone", "cut", "other"])
+def test_a_fixed_tokenizer_that_is_lost_on_our_disk_is_fetched_again(site, byte_tokenizer, tmp_path, events, spoil_file):
+    hub = Hub(site.server.endpoint, token=site.server.add_user("zoo"))
+    hub.create("zoo/tokenizer")
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    shutil.copy(byte_tokenizer, folder)
+    revision = hub.upload("zoo/tokenizer", folder, message="tokenizer")
+    wanted = FixedTokenizer(
+        hub="zoo/tokenizer", revision=revision, fingerprint=Tokenizer.load(byte_tokenizer).fingerprint(), start_token=0
+    )
+    tokenizers = Tokenizers(site.ports.hub, tmp_path / "kept")
+    first = tokenizers(wanted)
+    assert tokenizers(wanted) is first
+    assert first == (first.path, 257, f"sha256:{hashlib.sha256(byte_tokenizer.read_bytes()).hexdigest()}")
+    if spoil_file == "gone":
+        first.path.unlink()
+    elif spoil_file == "cut":
+        first.path.write_bytes(first.path.read_bytes()[:-100])
+    else:
+        first.path.write_text(first.path.read_text().replace('"th"', '"ht"'))
+    assert tokenizers(wanted) == first
+    assert first.path.read_bytes() == byte_tokenizer.read_bytes()
+    assert Tokenizers(site.ports.hub, tmp_path / "kept")(wanted) == first, "and by the next program"
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "refused by the adapter"])
+def test_the_loss_of_a_fixed_tokenizer_refuses_no_model(site, make_checkpoint, byte_tokenizer, tmp_path, how):
+    """Between the adapter's look at the file and the child's it is gone, or another one."""
+    path = shutil.copy(byte_tokenizer, tmp_path / "tokenizer.json")
+    text = FixedText(path, 257, f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}")
+
+    def fixed(wanted: FixedTokenizer) -> FixedText:
+        if how == "refused by the adapter":
+            raise Rejected(Reason.TOKENIZER, "another one", "the one that is pinned")
+        return text
+
+    site.rules = Rules({"c00": parse_file("c00", RULES.replace("{free: true}", FIXED))}, NOBODY, {"c00": "0"})
+    site.competition = in_force(site.rules.files["c00"], 1000)
+    site.ports = replace(site.ports, tokenizer=fixed)
+    entrant = site.entrant(site.publish("ann", make_checkpoint(seed=1)))
+    if how == "gone":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    found = site.measure(entrant)
+    assert (found.outcome.status, "tokenizer" in found.outcome.detail) == ("unavailable", True)
+    shutil.copy(byte_tokenizer, path)
+    text = FixedText(path, 257, f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}")
+    assert isinstance(site.look(entrant.commitment), Entrant)
+
+
+FIXED = "{hub: zoo/tokenizer, fingerprint: null, start_token: 0}"

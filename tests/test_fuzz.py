@@ -62,6 +62,7 @@ SCRAPS = (
     b"//",
     b"\\u0000",
     b"9" * 5000,
+    b'\\"' * 10_000,
 )
 
 
@@ -252,6 +253,72 @@ def _loaded(files: dict[str, bytes], folder: Path, dtype: Any) -> str:
             raise
         return refusal.reason.code
     return "loads"
+
+
+# --- texts that make a reader go back --------------------------------------------------------------------------------
+
+PUMPED = """
+import itertools, signal
+from sn29.errors import Reason, Rejected, shown
+from sn29.models import checkpoint
+from sn29.models.config import read_config, strict_json
+from sn29.models.tokenizer_json import checked, is_plain_regex
+from sn29.records import Commitment, ModelId, RepoFile, RepoListing, Sealed
+
+BEFORE = ("", '{"a":"', '{"a":', '{"a":0.', '{"a":-', "[", "(?i:", "[^", "a/", "model-")
+PUMPS = (
+    '\\\\"', '"', "\\\\", "[", "{", '{"a":', "[[],", " ", "0", "9", "-", "e", "1e", ",", "a", "a-", "a.", "\\\\u0041",
+    "\\\\ud83d", "\u00e9", "(", ")", "(?:", "|", "a|", "a?", "[a", "&", "\\\\p{L}", "'s|", "{1,2}", "00001-of-", "a:",
+)
+AFTER = ("", '"}', "x")
+
+
+def tried(read):
+    try:
+        read()
+    except Rejected as refusal:
+        assert len(str(refusal)) < 2000, str(refusal)[:3000]
+
+
+def header(text):
+    files = {"config.json": b"{}", "model.safetensors": len(text).to_bytes(8, "little") + text + bytes(8)}
+    rows = tuple(RepoFile(path, len(data), "") for path, data in files.items())
+    listing = RepoListing(ModelId("a", "b", "0" * 40), rows)
+    checkpoint.inspect_all(listing, lambda path, start, length: files[path][start : start + length])
+
+
+def read_all(text):
+    data = text.encode()
+    tried(lambda: strict_json(data, Reason.BAD_CONFIG, "x"))
+    tried(lambda: read_config(data))
+    tried(lambda: header(data))
+    tried(lambda: checked(data))
+    tried(lambda: ModelId.parse(text))
+    tried(lambda: Commitment.parse("5x", 1, data))
+    Sealed.parse("5x", 1, data)
+    is_plain_regex(text)
+    shown(text)
+    checkpoint._look_at_files([RepoFile(text, 1, ""), RepoFile(text + ".safetensors", 1, "")])
+
+
+for case in itertools.product(BEFORE, PUMPS, AFTER):
+    print(case, flush=True)
+    signal.setitimer(signal.ITIMER_PROF, 3)  # of its processor; it ends the process, also in the middle of one call
+    for length in (1000, 64_000):
+        read_all(case[0] + case[1] * (length // len(case[1])) + case[2])
+print("done")
+"""
+
+
+def test_no_text_is_read_again_and_again() -> None:
+    """What is repeated 10,000 times costs what its length costs. Looked at anew from each of its places it would take a
+    minute, and half an hour where a header may be longest.
+
+    In a child that is killed: what hangs is a single call of the interpreter, which no alarm in it interrupts.
+    """
+    done = subprocess.run([sys.executable, "-c", PUMPED], capture_output=True, text=True)
+    last = (done.stdout.splitlines() or ["nothing"])[-1]
+    assert (done.returncode, last) == (0, "done"), f"ended by {done.returncode} at {last}: {done.stderr[-2000:]}"
 
 
 # --- tokenizer.json -----------------------------------------------------------------------------------------------------

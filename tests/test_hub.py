@@ -275,11 +275,26 @@ def test_503_is_tried_again_and_a_long_rate_limit_is_handed_on() -> None:
 def test_reply_that_is_no_listing_says_nothing_about_the_model(body: bytes) -> None:
     def reply(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
+        handler.send_header("Content-Type", "application/json; charset=utf-8")
         handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
         handler.wfile.write(body)
 
     with _serving(reply) as endpoint, pytest.raises(Unavailable):
+        Hub(endpoint, attempts=1).listing(GONE)
+
+
+def test_page_of_something_between_us_and_the_hub_is_no_long_list() -> None:
+    page = b"<html>sign in to the airport's network" + b" " * 200_000
+
+    def reply(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/html")
+        handler.send_header("Content-Length", str(len(page)))
+        handler.end_headers()
+        handler.wfile.write(page)
+
+    with _serving(reply) as endpoint, pytest.raises(Unavailable, match="not JSON: text/html"):
         Hub(endpoint, attempts=1).listing(GONE)
 
 

@@ -5,6 +5,7 @@ Every fault hits a real request on its way over a socket: see `localnet.hub_faul
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ import pytest
 
 import sn29
 from sn29.errors import Reason, Rejected, Unavailable
-from sn29.hub import Hub, _is_of_hub
+from sn29.hub import FileRefused, Hub, _is_of_hub, within
 from sn29.localnet.http_exchange import HttpServer, Reply, Request, Wire, as_json
 from sn29.localnet.hub import LoopbackHub
 from sn29.localnet.hub_faults import Change, Fault, put_faults
@@ -208,6 +209,55 @@ def test_fault_that_lasts_says_nothing_about_the_model(site: Site, fault: Fault)
             ask()
     site.server.faults.set()
     site.look(hub, site.folder / "to")
+
+
+@pytest.mark.parametrize("status", [403, 404, 410, 500])
+def test_span_that_is_refused_costs_as_many_requests_as_there_are_attempts(site: Site, status: int) -> None:
+    """And not as many for each attempt. That it is the store that refuses is known from the error."""
+    hub = site.stranger()
+    listing = hub.listing(site.model)
+    site.server.faults.set(Fault(STORE, status=status))
+    hub.asked.clear()
+    with pytest.raises(Unavailable) as caught:
+        hub.reader(listing)("model.safetensors", 0, 8)
+    assert isinstance(caught.value, FileRefused) == (status != 500)
+    assert hub.asked["files"] == 2 * 4, "each attempt asks the Hub and is sent to the store"
+    site.server.faults.set(Fault(CONFIG_GET, wire=Wire(flip_at=3)))
+    hub.asked.clear()
+    with pytest.raises(Unavailable, match="other bytes came"):
+        hub.reader(listing)("config.json", 0, len(CONFIG))
+    assert hub.asked["files"] == 4
+    site.server.faults.set(Fault(STORE, status=status))
+    with pytest.raises(Unavailable) as caught:
+        fetch(hub, listing, site.folder / "to", deadline_s=60)
+    assert isinstance(caught.value, FileRefused) == (status != 500)
+
+
+@pytest.mark.timeout(25)
+def test_calls_within_a_time_end_in_it_together(site: Site) -> None:
+    """Also in threads, and whatever the Hub's own timeouts and pauses are."""
+    hub = site.stranger()
+    listing = hub.listing(site.model)
+
+    async def look(seconds: float) -> None:
+        with within(seconds):
+            read = hub.reader(listing)
+            for ask in (lambda: hub.listing(site.model), lambda: hub.alive(site.model), lambda: read("config.json", 0, 9)):
+                with pytest.raises(Unavailable):
+                    await asyncio.to_thread(ask)
+
+    site.server.faults.set(Fault(".", wire=Wire(delay_s=60)))
+    asyncio.run(look(0.3))
+    hub.asked.clear()
+    asyncio.run(look(0))
+    assert not hub.asked
+    slow = Hub(site.server.endpoint, pause_s=60)
+    site.server.faults.set(Fault(".", status=500))
+    with within(5), pytest.raises(Unavailable, match="500"):
+        slow.listing(site.model)
+    assert slow.asked["api"] == 1, "there is no time for the pause"
+    site.server.faults.set()
+    assert hub.listing(site.model) == listing
 
 
 def test_bytes_that_change_on_the_line_each_time_are_not_the_models_fault(site: Site) -> None:

@@ -20,7 +20,7 @@ from sn29 import telemetry
 from sn29.chain import Chain, create_wallet
 from sn29.corpus import LocalFolder, draw
 from sn29.errors import Reason, Rejected, Unavailable
-from sn29.examination import Machine, Ports, Rules, unfit
+from sn29.examination import EXCUSED_BLOCKS, Machine, Ports, Rules, unfit
 from sn29.hub import Hub
 from sn29.localnet.http_exchange import Wire
 from sn29.localnet.hub import LoopbackHub
@@ -32,7 +32,7 @@ from sn29.records import Commitment, Head, Loss, ModelId, Weights
 from sn29.replay import compare, recompute
 from sn29.round import begin_with, plan_round, run_round
 from sn29.round_record import RoundRecord, decode, encode
-from sn29.store import Store
+from sn29.store import Store, Unanswered
 from sn29.submission import submit
 
 NETUID = 29
@@ -143,10 +143,10 @@ def events() -> Iterator[list[tuple[str, str]]]:
     logger.remove(handler)
 
 
-def go(subnet: Subnet, state: str = "state", *, attempts: int = 1, timeout_s: float = 2, **machine):
+def go(subnet: Subnet, state: str = "state", *, attempts: int = 1, timeout_s: float = 2, hub_kind=Hub, **machine):
     """One round by the validator with this state folder; (store, record of the round)."""
     store = Store(subnet.folder / state / "store.db")
-    hub = Hub(subnet.hub.endpoint, timeout_s=timeout_s, attempts=attempts, pause_s=0.05, say=telemetry.warn)
+    hub = hub_kind(subnet.hub.endpoint, timeout_s=timeout_s, attempts=attempts, pause_s=0.05, say=telemetry.warn)
     plain = Machine(subnet.folder / state / "models", subnet.folder / state / "records", "cpu", "float32", 1, 120, 60)
 
     async def turn() -> None:
@@ -546,6 +546,87 @@ def test_a_repository_that_changes_in_the_middle_of_a_round_has_its_reason_and_h
 GONE = (Reason.REPOSITORY_GONE, Reason.REPOSITORY_GONE, Reason.REPOSITORY_CLOSED, Reason.REVISION_GONE)
 
 
+def test_a_miner_who_never_answers_holds_up_two_rounds_and_no_more(subnet, model, events):
+    """Each for a quarter of the window; after that the others do not wait for it, and after a week it is excused again."""
+    subnet.publish("ann", model(seed=1))
+    subnet.publish("hal", model(seed=2))
+    subnet.hub.faults.set(Fault("/hal/", status=502))
+    for _ in range(2):
+        subnet.next_window()
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="1 models could not be looked at"):
+                go(subnet)
+        subnet.ledger.advance(WINDOW // 4)
+        _, record = go(subnet)
+        assert reasons(subnet, record) == {"ann": "evaluated", "hal": "unavailable"}
+    for _ in range(2):
+        subnet.next_window()
+        store, record = go(subnet)
+        assert reasons(subnet, record) == {"ann": "evaluated", "hal": "unavailable"}
+    since, head = EXCUSED_BLOCKS, subnet.ledger.head()
+    assert len({row.round for row in store.unanswered(since=head - since, before=head)}) == 4
+    subnet.ledger.advance(EXCUSED_BLOCKS + WINDOW)
+    subnet.next_window()
+    go(subnet)  # the round before, which is past its quarter
+    with pytest.raises(Unavailable, match="1 models could not be looked at"):
+        go(subnet)
+
+
+def test_a_round_does_not_wait_for_a_model_that_is_tried_again_in_the_next_one(subnet, model, events):
+    subnet.publish("ann", model(seed=1))
+    subnet.next_window()
+    _, record = go(subnet, evaluation_deadline_s=0.2)
+    assert reasons(subnet, record) == {"ann": "unavailable"}
+    subnet.next_window()
+    _, record = go(subnet, evaluation_deadline_s=0.2)
+    assert reasons(subnet, record) == {"ann": "deadline"}
+
+
+def test_who_had_a_place_in_vain_twice_keeps_it_from_no_newcomer(subnet, model):
+    """One place for the paid, one for the new; the older of the two new ones was never brought to an end before."""
+    path = subnet.folder / "competitions" / "c00.yaml"
+    path.write_text(path.read_text().replace("keep: 4, pending: 4", "keep: 1, pending: 1"))
+    subnet.publish("ann", model(seed=1))
+    subnet.next_window()
+    go(subnet)
+    hal = subnet.publish("hal", model(seed=2))
+    subnet.publish("ben", model(seed=3))
+    rows = [Unanswered(hal.hotkey, str(hal.model), block, placed=True) for block in (10, 20)]
+    subnet.next_window()
+    for state, vain, expected in (("two", rows, "ben"), ("one", rows[:1], "hal")):
+        shutil.copytree(subnet.folder / "state", subnet.folder / state)
+        Store(subnet.folder / state / "store.db").keep_unanswered(vain, forget_before=0)
+        _, record = go(subnet, state)
+        assert {n for n, r in reasons(subnet, record).items() if r == "evaluated"} == {"ann", expected}
+
+
+class BrokenHub(Hub):
+    """Has a bug that one miner's files bring up."""
+
+    def stream(self, repo, path, **more):
+        return 1 // 0 if repo.namespace == "hal" else super().stream(repo, path, **more)
+
+
+def test_a_bug_in_the_measuring_of_one_model_stops_no_other(subnet, model, events):
+    subnet.publish("hal", model(seed=1))
+    subnet.publish("ann", model(seed=2))
+    subnet.next_window()
+    subnet.ledger.advance(WINDOW // 4)
+    _, record = go(subnet, hub_kind=BrokenHub)
+    assert reasons(subnet, record) == {"ann": "evaluated", "hal": "unavailable"}
+    assert [event for event, _ in events].count("bug") == 1
+
+
+def test_what_a_killed_evaluation_left_is_gone_after_a_round(subnet, model):
+    left = subnet.folder / "state" / "evaluations" / "sn29-evaluation-abc"
+    left.mkdir(parents=True)
+    (left / "job.json").write_text("texts of a window")
+    subnet.publish("ann", model(seed=1))
+    subnet.next_window()
+    go(subnet)
+    assert list(left.parent.iterdir()) == []
+
+
 def test_what_makes_a_model_unfit_is_decided_over_the_whole_window():
     lost = Loss("a", float("inf"), 3, "round_trip")
     good = Loss("b", 10.0, 3, "")
@@ -553,6 +634,19 @@ def test_what_makes_a_model_unfit_is_decided_over_the_whole_window():
     assert unfit([lost, lost, good], 1).reason is Reason.ROUND_TRIP
     assert unfit([lost], 1).reason is Reason.NOT_FINITE
     assert unfit([], 1) is None
+
+
+def test_a_share_of_the_samples_may_have_no_loss_and_no_more():
+    none, long, good = (Loss("a", float("inf"), 3, reason) for reason in ("not_finite", "too_long", ""))
+    good = replace(good, nats=10.0)
+    assert unfit([*[none] * 75, *[long] * 75, *[good] * 1350], 3, 0.1) is None
+    broken = unfit([*[none] * 76, *[long] * 75, *[good] * 1349], 3, 0.1)
+    assert (broken.reason, broken.limit) == (Reason.NOT_FINITE, "at most 10.0% of the samples (limits.unscored)")
+    assert broken.got == "76 samples with no finite loss and 75 of too many tokens, of 1,500"
+    assert unfit([*[long] * 151, *[good] * 1349], 3, 0.1).reason is Reason.TOKENIZER
+    shared = unfit([*[long] * 1000, *[good] * 500], 3, 0.1, own_tokenizer=False)
+    assert shared is None, "too long under the competition's tokenizer is too long for everybody"
+    assert unfit([none, *[good] * 1499], 3, 0.0).reason is Reason.NOT_FINITE
 
 
 def test_a_competition_with_a_mechanism_of_its_own_is_paid_by_that_alone(subnet, model):

@@ -14,7 +14,7 @@ import pytest
 from sn29.errors import Reason, Rejected
 from sn29.records import Commitment, Head, Identity, Loss, ModelFacts, ModelId, Outcome, RepoFile, RepoListing, Weights
 from sn29.round_record import RoundRecord
-from sn29.store import ChainSeen, Sent, Standing, Store, StoredRepository
+from sn29.store import ChainSeen, Sent, Standing, Store, StoredRepository, Unanswered
 
 COMMITMENT = Commitment("5Alice", 7, ModelId("alice", "model", "a" * 40), "A" * 43 + "=", "c00")
 
@@ -96,6 +96,20 @@ def test_a_content_has_its_digest_and_its_fingerprint_whichever_comes_first(stor
 def test_failures_are_counted_across_restarts(store, tmp_path):
     assert store.count_failure(COMMITMENT) == 1
     assert reopened(store, tmp_path).count_failure(COMMITMENT) == 2
+
+
+def test_rounds_in_which_a_model_did_not_answer_are_known_for_a_while(store, tmp_path):
+    one, other = str(COMMITMENT.model), "bob/model@1"
+    store.keep_unanswered([Unanswered("5Alice", one, 360), Unanswered("5Bob", other, 360, placed=True)], forget_before=0)
+    store.keep_unanswered([Unanswered("5Alice", one, 360, placed=True, over=True)], forget_before=0)
+    store.keep_unanswered([Unanswered("5Alice", one, 360), Unanswered("5Alice", one, 720)], forget_before=0)
+    store = reopened(store, tmp_path)
+    first, second = Unanswered("5Alice", one, 360, True, True), Unanswered("5Alice", one, 720)
+    assert store.unanswered(since=0, before=721) == (first, Unanswered("5Bob", other, 360, True), second)
+    assert store.unanswered(since=0, before=720, model=COMMITMENT.model) == (first,)
+    assert store.unanswered(since=361, before=800) == (second,)
+    store.keep_unanswered([], forget_before=361)
+    assert store.unanswered(since=0, before=800) == (second,)
 
 
 def test_a_round_is_open_until_its_record_is_kept(store, tmp_path):
@@ -241,18 +255,20 @@ def test_a_store_of_schema_2_is_brought_up_to_date(tmp_path):
 
 
 def test_a_store_of_schema_3_is_brought_up_to_date(store, tmp_path):
-    """It lacks two tables; all else is as it was."""
+    """It lacks three tables; all else is as it was."""
     store.keep_losses("content", "tokenizer", "p", [Loss("s1", 1.5, 3, "")])
     store.close()
     path = tmp_path / "state" / "store.db"
     with sqlite3.connect(path) as db:
-        db.executescript("drop table repository; drop table content; update meta set value = '3' where key = 'schema'")
+        db.executescript("drop table repository; drop table content; drop table unanswered")
+        db.execute("update meta set value = '3' where key = 'schema'")
     db.close()
     with pytest.raises(Rejected, match="start the validator once"):
         Store(path, read_only=True)
     for store in (Store(path), Store(path, read_only=True)):
         assert store.count_losses() == 1
         assert store.tensor_digests() == {}
+        assert store.unanswered(since=0, before=10) == ()
         store.close()
 
 

@@ -20,10 +20,11 @@ from zoo.all_cases import all_cases, write
 from zoo.case import CHILD, METADATA, Case, Copy
 from zoo.copies import CLAIMS
 from zoo.honest import FAMILIES
-from zoo.judge import Verdict, Zoo, lab, own_child, recognised, wrong
+from zoo.judge import Child, Verdict, Zoo, lab, own_child, recognised, wrong
 from zoo.open_cases import EXPECTED_OPEN
 
 from sn29.models.checkpoint import is_content
+from sn29.rules.selection import first_claims
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -40,6 +41,7 @@ class Judged:
     cases: list[Case]
     verdicts: dict[str, Verdict]
     zoo: Zoo
+    child: Child
     canary: Path
     written: list[str]
     """Paths that came, went or changed while the cases were judged, outside the validator's own folders."""
@@ -64,7 +66,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judged]:
         verdicts = {case.name: zoo.judge(case, child) for case in cases}
         after = snapshot(top)
         changed = sorted({path for path, _ in before.items() ^ after.items()})
-        yield Judged(cases, verdicts, zoo, canary, changed)
+        yield Judged(cases, verdicts, zoo, child, canary, changed)
 
 
 def snapshot(top: Path) -> dict[str, tuple[int, int]]:
@@ -144,6 +146,17 @@ def test_a_case_takes_at_most_200_mb(judged: Judged) -> None:
     assert {name: v.parent_bytes for name, v in judged.verdicts.items() if v.parent_bytes > 64e6} == {}
 
 
+def test_a_case_takes_at_most_10_seconds(judged: Judged) -> None:
+    """Of the parent and the child together. Most take a fifth of one; on a busy machine a slow one has a second try."""
+    cases = {case.name: case for case in judged.cases}
+    slow = [name for name, verdict in judged.verdicts.items() if seconds(verdict) > 10]
+    assert [name for name in slow if seconds(judged.zoo.judge(cases[name], judged.child)) > 10] == []
+
+
+def seconds(verdict: Verdict) -> float:
+    return verdict.parent_s + verdict.child_s
+
+
 def above_honest(judged: Judged, name: str) -> float:
     return judged.verdicts[name].child_bytes - median(judged.verdicts[case.name].child_bytes for case in judged.honest())
 
@@ -152,7 +165,10 @@ def test_what_metadata_shows_costs_at_most_150_kb_and_an_exact_copy_2_kb(judged:
     by_metadata = {
         case.name: judged.verdicts[case.name] for case in judged.hostile() if judged.verdicts[case.name].stage == METADATA
     }
-    assert max(verdict.num_bytes for verdict in by_metadata.values()) <= 150_000
+    dear = {name: verdict.num_bytes for name, verdict in by_metadata.items() if verdict.num_bytes > 150_000}
+    # A page with 1,000 names is 108 kB, and a list is asked for twice before it is held against anybody.
+    assert dear.keys() <= {"flood-1200-files"}
+    assert max(dear.values(), default=0) <= 220_000
     exact = [case.name for case in judged.hostile() if [e.how for e in case.expected if isinstance(e, Copy)] == [CLAIMS]]
     assert len(exact) >= 10
     assert {name: judged.verdicts[name].num_bytes for name in exact if judged.verdicts[name].num_bytes > 2000} == {}
@@ -173,12 +189,20 @@ def test_no_control_is_taken_for_another(judged: Judged) -> None:
 
 
 def test_copies_are_attributed_and_never_the_original(judged: Judged) -> None:
+    """Whoever is looked at first: it is the earlier commitment that keeps the claim, and the original is scored."""
+    cases = {case.name: case for case in judged.cases}
     copies = [case for case in judged.hostile() if any(isinstance(expected, Copy) for expected in case.expected)]
     assert len(copies) >= 20
+    known = [case for case in copies if judged.verdicts[case.name].code == "copy"]
+    assert len(known) >= 10
     for case in copies:
-        of = next(expected.of for expected in case.expected if isinstance(expected, Copy))
-        assert recognised(judged.verdicts[of], judged.verdicts[of]) in ("", "claims", "tensors", "losses")
-        assert judged.verdicts[of].code == ""
+        of = cases[next(expected.of for expected in case.expected if isinstance(expected, Copy))]
+        assert judged.verdicts[of.name].code == ""
+        assert judged.verdicts[of.name].scored is not None
+        if case in known:
+            copy, original = judged.zoo.claimed(case), judged.zoo.claimed(of)
+            for both in ([copy, original], [original, copy]):
+                assert [refusal.commitment for refusal in first_claims(both, {}).refused] == [copy.commitment], case.name
 
 
 def test_the_validators_own_child_finds_the_same(judged: Judged) -> None:

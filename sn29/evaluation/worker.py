@@ -15,20 +15,22 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sn29.errors import Reason, Rejected, Unavailable, shown
-from sn29.evaluation.confinement import Limits, bounded, confine, lift_memory_limit
-from sn29.evaluation.probes import Probes, changed_file, probe
+from sn29.evaluation.confinement import Limits, bounded, confine, lift_memory_limit, seal
+from sn29.evaluation.probes import PLACES, TOKENS, Probes, changed_file, probe
 from sn29.models.checkpoint import is_content, load, tensor_digest
 from sn29.records import Loss, ModelFacts, RepoFile, Sample
 
@@ -62,6 +64,15 @@ class Job:
     samples: tuple[Sample, ...]
     files: tuple[RepoFile, ...] = ()
     """The checkpoint's files as the Hub lists them: hashed again in the child. None: a folder that nobody has listed."""
+    tokenizer_oid: str = ""
+    """Of a tokenizer that is not the model's own: `sha256:...` of its file, hashed again in the child too."""
+    every_reason: bool = False
+    """Look on after the first reason for a refusal: see `SeveralReasons`."""
+
+    @property
+    def own_tokenizer(self) -> bool:
+        """The model brings its tokenizer: what is wrong with it is the miner's fault, and else ours."""
+        return Path(self.tokenizer).parent == Path(self.checkpoint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +100,8 @@ class Ending(Enum):
     TOKENIZER = "read the texts too slowly with the model's tokenizer"
     MEMORY = "ran out of the memory that it may use"
     DEVICE = "could not use its GPU"
+    DEVICE_MEMORY = "found too little free memory on its GPU"
+    MACHINE = "was let down by this machine"
     ABORT = "was given up by a library (abort)"
     FAULT = "broke off at a fault of memory or arithmetic"
     KILLED = "was killed from outside"
@@ -107,7 +120,7 @@ class TooLate(ChildEnded):
     """The child had not ended by its deadline."""
 
     def __init__(self, deadline_s: float) -> None:
-        super().__init__(Ending.DEADLINE, f"no result within {deadline_s:.0f} s")
+        super().__init__(Ending.DEADLINE, f"no result within {deadline_s:g} s")
 
 
 class FileChanged(Unavailable):
@@ -118,77 +131,158 @@ class FileChanged(Unavailable):
         self.path = path
 
 
+class SeveralReasons(Rejected):
+    """The first of `found`, which are all that the child came to: for a job that asks for every reason."""
+
+    def __init__(self, found: Sequence[Rejected]) -> None:
+        super().__init__(found[0].reason, found[0].got, found[0].limit, found[0].where)
+        self.found = tuple(found)
+
+
 def memory_needed(facts: ModelFacts, max_tokens: int) -> int:
     """Bytes that the child may use: libraries, the weights in float32 three times over (read, cast, kept), logits likewise."""
     return BASE_BYTES + 12 * facts.num_parameters + 12 * max_tokens * facts.vocab_size
 
 
-async def evaluate(job: Job, *, deadline_s: float, memory_bytes: int) -> Evaluated:
+async def evaluate(job: Job, *, deadline_s: float, memory_bytes: int, work_dir: Path | None = None) -> Evaluated:
     """The losses of the job's samples, with the identity of what was scored and what the probes found.
 
-    Raises Rejected with the reason that the child found, ChildEnded (TooLate at the deadline) when it left no result, and
-    FileChanged when a file is not the listed one: whatever else the child found is void then.
+    Raises Rejected with the reason that the child found, ChildEnded (TooLate at the deadline) when it left no result,
+    FileChanged when a file is not the listed one, whatever else the child found is void then, and Unavailable when it is
+    the competition's own tokenizer that fails. `work_dir` is where the child gets its folder: the system's by default.
     """
-    with tempfile.TemporaryDirectory(prefix="sn29-evaluation-") as folder:
-        task = write_job(job, Path(folder), memory_bytes, deadline_s)
+    with _folder_in(work_dir) as folder:
+        task = write_job(job, folder, memory_bytes, deadline_s, parent=os.getpid())
         await _run_child(task, deadline_s)
-        return read_result(Path(folder), job.samples)
+        return read_result(folder, job.samples)
 
 
-async def self_test(*, device: str, dtype: str, threads: int, deadline_s: float = 300) -> None:
-    """That this machine can evaluate at all: a tiny model of our own in a child. Raises Unavailable when it cannot.
+async def self_test(*, device: str, dtype: str, threads: int, deadline_s: float = 300, work_dir: Path | None = None) -> Probes:
+    """That this machine can evaluate at all: a tiny model of our own in a child, and what the probes found of it.
 
-    A driver fault or a full GPU must never look like a fault of a miner's model.
+    A driver fault or a full GPU must never look like a fault of a miner's model. Raises Unavailable when it cannot.
     """
     test = {"self_test": True, "device": device, "dtype": dtype, "threads": threads}
-    with tempfile.TemporaryDirectory(prefix="sn29-evaluation-") as folder:
-        await _run_child(_write(test, Path(folder), BASE_BYTES, deadline_s), deadline_s)
+    with _folder_in(work_dir) as folder:
+        await _run_child(_write(test, folder, BASE_BYTES, deadline_s, os.getpid()), deadline_s)
+        return _read(folder, 0, lambda result: _probes(result["passed"]))
 
 
 # --- a child's folder: job.json, result.json, errors -------------------------------------------------------------------
 
-_RESULT = "result.json"
+_PREFIX, _RESULT = "sn29-evaluation-", "result.json"
 
 
-def write_job(job: Job, folder: Path, memory_bytes: int, deadline_s: float) -> Path:
-    """What the child reads; its only argument."""
-    return _write(asdict(job), folder, memory_bytes, deadline_s)
+@contextmanager
+def _folder_in(work_dir: Path | None) -> Iterator[Path]:
+    if work_dir is not None:
+        work_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=work_dir) as folder:
+        yield Path(folder).absolute()
 
 
-def _write(job: dict[str, Any], folder: Path, memory_bytes: int, deadline_s: float) -> Path:
+def sweep(work_dir: Path) -> None:
+    """Deletes the folders, with the texts in them, that a killed validator's evaluations left. None must be running."""
+    for left in work_dir.glob(f"{_PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def write_job(job: Job, folder: Path, memory_bytes: int, deadline_s: float, parent: int | None = None) -> Path:
+    """What the child reads; its only argument. It ends with its parent, if that is named."""
+    return _write(asdict(job), folder, memory_bytes, deadline_s, parent)
+
+
+def _write(job: dict[str, Any], folder: Path, memory_bytes: int, deadline_s: float, parent: int | None) -> Path:
     task = folder / "job.json"
-    task.write_text(json.dumps({**job, "result": str(folder / _RESULT), "memory_bytes": memory_bytes, "deadline_s": deadline_s}))
+    more = {"result": str(folder / _RESULT), "memory_bytes": memory_bytes, "deadline_s": deadline_s, "parent": parent}
+    task.write_text(json.dumps(job | more))
     return task
 
 
+# --- what a child may say: nothing that it wrote is taken on trust but numbers, within what numbers can be ---------------
+
+_CHILDS_REASONS = {
+    reason.name: reason
+    for reason in (
+        Reason.FORBIDDEN_FILE, Reason.MISSING_FILE, Reason.TOO_LARGE, Reason.BAD_CONFIG, Reason.FAMILY, Reason.TENSORS,
+        Reason.VOCABULARY, Reason.TOKENIZER, Reason.ROUND_TRIP, Reason.NOT_FINITE, Reason.NOT_CAUSAL,
+        Reason.NOT_DETERMINISTIC,
+    )
+}  # fmt: skip
+"""What the files alone can show. Who came first, or whose setting is wrong, is not a child's to say."""
+_UNSCORED = frozenset({Reason.ROUND_TRIP.code, "too_long", "not_finite"})
+_Found = TypeVar("_Found")
+
+
 def read_result(folder: Path, samples: Sequence[Sample]) -> Evaluated:
-    """What the child wrote. Raises Rejected, FileChanged, or ChildEnded when it is no result."""
+    """What the child wrote. Raises Rejected, FileChanged, Unavailable, or ChildEnded when it is no result."""
+    return _read(folder, len(samples), lambda result: _read_result(result, samples))
+
+
+def _read(folder: Path, num_samples: int, of: Callable[[dict[str, Any]], _Found]) -> _Found:
     path = folder / _RESULT
     try:
-        if not stat.S_ISREG(path.lstat().st_mode) or path.lstat().st_size > _file_bytes(len(samples)):
+        if not stat.S_ISREG(path.lstat().st_mode) or path.lstat().st_size > _file_bytes(num_samples):
             raise ValueError("not a file, or too large")
-        return _read_result(json.loads(path.read_text()), samples)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ChildEnded(Ending.ERROR, f"no result that can be read ({type(error).__name__}: {error})") from None
+        return of(json.loads(path.read_bytes(), parse_constant=_no_constant))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ChildEnded(Ending.ERROR, f"no result that can be read ({type(error).__name__}: {shown(error, 100)})") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _read_result(result: dict[str, Any], samples: Sequence[Sample]) -> Evaluated:
     if "changed" in result:
-        raise FileChanged(result["changed"])
+        raise FileChanged(_text(result["changed"]))
+    if "unavailable" in result:
+        raise Unavailable("evaluation", shown(_text(result["unavailable"])))
     if "rejected" in result:
-        reason, got, limit, where = result["rejected"]
-        raise Rejected(Reason[reason], got, limit, where)
+        found = [Rejected(_CHILDS_REASONS[_text(name)], *map(_text, rest)) for name, *rest in result["rejected"]]
+        raise found[0] if len(found) == 1 else SeveralReasons(found)
     losses = tuple(
-        Loss(sample.id, math.inf if nats is None else nats, tokens, reason)
-        for sample, (nats, tokens, reason) in zip(samples, result["losses"], strict=True)
+        _loss(sample, nats, tokens, reason) for sample, (nats, tokens, reason) in zip(samples, result["losses"], strict=True)
     )
-    places, influence, tolerance = result["probes"]
-    return Evaluated(losses, result["tensor_digest"], Probes(tuple(places), influence, tolerance))
+    if not re.fullmatch("[0-9a-f]{64}", _text(result["tensor_digest"])):
+        raise ValueError("a tensor digest that is none")
+    return Evaluated(losses, result["tensor_digest"], _probes(result["probes"]))
+
+
+def _loss(sample: Sample, nats: object, tokens: object, reason: object) -> Loss:
+    """Finite and not negative without a reason, or null with one of the three."""
+    fits = reason in _UNSCORED if nats is None else reason == ""
+    if not fits or not isinstance(reason, str) or not isinstance(tokens, int):
+        raise ValueError("a loss that is none")
+    loss = math.inf if nats is None else float(_number(nats, sys.float_info.max))
+    return Loss(sample.id, loss, int(_number(tokens, 2**31 - 1)), reason)
+
+
+def _probes(found: Any) -> Probes:
+    places, influence, tolerance = found
+    if len(places) != PLACES or not all(isinstance(place, int) and 0 < place < TOKENS for place in places):
+        raise ValueError("other places than the probes have")
+    return Probes(tuple(places), float(_number(influence, 1.0)), float(_number(tolerance, 1.0)))
+
+
+def _number(value: object, largest: float) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= largest:
+        raise ValueError(f"{shown(value, 40)} instead of a number from 0 to {largest:g}")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{shown(value, 40)} instead of a text")
+    return value
 
 
 def _file_bytes(num_samples: int) -> int:
     """Largest file that a child may write."""
     return (64 << 20) + 1024 * num_samples
+
+
+# --- how a child ends ---------------------------------------------------------------------------------------------------
 
 
 async def _run_child(task: Path, deadline_s: float) -> None:
@@ -218,9 +312,15 @@ async def _run_child(task: Path, deadline_s: float) -> None:
 
 _OF_MEMORY = re.compile(
     r"MemoryError|annot allocate memory|can't allocate memory|memory allocation of \d+ bytes|bad_alloc|out of memory"
-    r"|OutOfMemory|too many memory regions|can't start new thread"
+    r"|OutOfMemory|too many memory regions"
 )
-_OF_DEVICE = re.compile(r"CUDA|cuDNN|CUBLAS|NVRM|NCCL")
+_OF_DEVICE = re.compile(r"CUDA|cuDNN|CUDNN|CUBLAS|NVRM|NCCL|ECC error")
+_OF_DEVICE_MEMORY = re.compile(
+    r"CUDA out of memory|CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"
+)
+# A full disk, no process or file left, and so on. Not 12, no memory: that is how the child's own limit says no.
+_OF_MACHINE = re.compile(r"^[\w.]*Error: \[Errno (?!12\])\d+\]|\(os error (?!12\))\d+\)", re.MULTILINE)
+_OF_THREADS = re.compile(r"can't start new thread|Thread creation failed")
 _OF_SIGNAL = {
     signal.SIGXCPU: Ending.CPU_TIME, signal.SIGPROF: Ending.TOKENIZER, signal.SIGKILL: Ending.KILLED,
     signal.SIGABRT: Ending.ABORT, signal.SIGSEGV: Ending.FAULT, signal.SIGBUS: Ending.FAULT, signal.SIGILL: Ending.FAULT,
@@ -232,13 +332,20 @@ def ended(status: int, errors: str) -> ChildEnded:
     """How a child without a result ended: exit status (below 0 a signal) and the end of what it said."""
     last = (errors.splitlines() or ["no message"])[-1]
     sent = signal.Signals(-status).name if status < 0 and -status in {*signal.Signals} else f"exit status {status}"
-    if _OF_MEMORY.search(errors):
-        ending = Ending.MEMORY
-    elif status < 0:
-        ending = _OF_SIGNAL.get(signal.Signals(-status) if -status in {*signal.Signals} else signal.SIGKILL, Ending.KILLED)
-    else:
-        ending = Ending.DEVICE if _OF_DEVICE.search(last) else Ending.ERROR
-    return ChildEnded(ending, f"{sent}, {last}")
+    return ChildEnded(_ending(status, errors, last), f"{sent}, {last}")
+
+
+def _ending(status: int, errors: str, last: str) -> Ending:
+    anywhere = ((_OF_DEVICE_MEMORY, Ending.DEVICE_MEMORY), (_OF_THREADS, Ending.MACHINE), (_OF_MEMORY, Ending.MEMORY))
+    for pattern, ending in anywhere:
+        if pattern.search(errors):
+            return ending
+    if status < 0:
+        by_signal = _OF_SIGNAL.get(signal.Signals(-status) if -status in {*signal.Signals} else signal.SIGKILL, Ending.KILLED)
+        return Ending.DEVICE if by_signal is Ending.ABORT and "CUDA error" in errors else by_signal
+    if _OF_DEVICE.search(last):
+        return Ending.DEVICE
+    return Ending.MACHINE if _OF_MACHINE.search(last) else Ending.ERROR
 
 
 def _environment(home: str) -> dict[str, str]:
@@ -261,7 +368,11 @@ def _environment(home: str) -> dict[str, str]:
 def main() -> None:
     """Entry point of the child."""
     job = json.loads(Path(sys.argv[1]).read_text())
-    confine(_limits(job))
+    limits = _limits(job)
+    confine(limits)
+    if limits.gpu:  # its driver needs what a stranger's model must not have: it gets it before anything of the model is read
+        _open_device(limits.device)
+    seal(limits)
     outcome = {"passed": _self_test(job)} if job.get("self_test") else _examine(job)
     result = Path(job["result"])
     part = result.with_suffix(".part")
@@ -278,41 +389,58 @@ def _limits(job: dict[str, Any]) -> Limits:
         folder=str(Path(job["result"]).parent),
         readable=readable,
         device=job["device"],
+        parent=job.get("parent"),
     )
+
+
+def _open_device(device: str) -> None:
+    """The driver, and the library of matrix products, are ready."""
+    import torch
+
+    lift_memory_limit()
+    one = torch.ones(16, 16, device=device)
+    float((one @ one).sum())
 
 
 def _examine(job: dict[str, Any]) -> dict[str, Any]:
     """The result: losses with digest and probes, or what is wrong. A file that has changed voids all else."""
-    folder = Path(job["checkpoint"])
+    folder, tokenizer = Path(job["checkpoint"]), Path(job["tokenizer"])
     oids = {file["path"]: file["oid"] for file in job["files"] if is_content(file["path"])}  # a README is not fetched
     heavy = {name for name in oids if name.endswith(".safetensors")}
     if changed := changed_file(folder, oids, sorted(oids.keys() - heavy)):
         return {"changed": changed}
-    try:  # before torch is imported: its memory would blur the tokenizer's bound
+    if job["tokenizer_oid"] and changed_file(tokenizer.parent, {tokenizer.name: job["tokenizer_oid"]}, [tokenizer.name]):
+        return {"changed": "the competition's tokenizer"}
+    encoded: list[list[int]] = []
+    problems: list[str] = []
+    largest, refusals = job["start_token"], []
+    try:  # on a CPU before torch is imported, whose memory would blur the tokenizer's bound
         encoded, problems, largest = _tokenise(job)
     except Rejected as error:
-        return _refusal(error)
-    if job["device"] != "cpu":
-        lift_memory_limit()
+        if tokenizer.parent != folder:
+            return {"unavailable": f"the competition's own tokenizer fails here: {error}"}
+        refusals.append(error)
+    if refusals and not job["every_reason"]:
+        return _refused(refusals)
     with ThreadPoolExecutor(1) as beside:  # hashing goes on while the device computes
         unchanged = beside.submit(changed_file, folder, oids, sorted(heavy))
         try:
             model = _load(job, largest)
             identity = beside.submit(_tensor_digest, job)
             probes = probe(model, " ".join(sample["id"] for sample in job["samples"]))
-            found = {
+            told = {
                 "losses": _losses(job, model, encoded, problems),
                 "probes": [probes.places, probes.influence, probes.tolerance],
                 "tensor_digest": identity.result(),
             }
         except Rejected as error:
-            found = _refusal(error)
+            refusals.append(error)
         changed = unchanged.result()
-    return {"changed": changed} if changed else found
+    return {"changed": changed} if changed else _refused(refusals) if refusals else told
 
 
-def _refusal(error: Rejected) -> dict[str, Any]:
-    return {"rejected": [error.reason.name, error.got, error.limit, error.where]}
+def _refused(refusals: Sequence[Rejected]) -> dict[str, Any]:
+    return {"rejected": [[error.reason.name, error.got, error.limit, error.where] for error in refusals]}
 
 
 def _tokenise(job: dict[str, Any]) -> tuple[list[list[int]], list[str], int]:
@@ -369,27 +497,25 @@ def _losses(job: dict[str, Any], model: PreTrainedModel, encoded: list[list[int]
     ]
 
 
-def _self_test(job: dict[str, Any]) -> bool:
-    """A tiny Llama with random weights passes the probes and gives finite losses on the device."""
+def _self_test(job: dict[str, Any]) -> list[Any]:
+    """What the probes find of a tiny Llama with random weights, which has finite losses on the device."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from sn29.evaluation.engine import all_nats
 
     torch.set_num_threads(job["threads"])
-    if job["device"] != "cpu":
-        lift_memory_limit()
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
     )
     model = LlamaForCausalLM(config).to(device=job["device"], dtype=getattr(torch, job["dtype"])).eval()
     try:
-        probe(model, "self-test")
+        probes = probe(model, "self-test")
     except Rejected as error:
         raise RuntimeError(f"this machine: {error}") from None
     if not all(map(math.isfinite, all_nats(model, [[1, 2, 3]], 0))):
         raise RuntimeError("the self-test's loss is not finite")
-    return True
+    return [probes.places, probes.influence, probes.tolerance]
 
 
 if __name__ == "__main__":

@@ -54,18 +54,7 @@ def checked(data: bytes, where: str = "tokenizer.json") -> str:
 
 
 def _rebuilt(content: dict[str, Any]) -> dict[str, Any]:
-    known = {
-        "version",
-        "truncation",
-        "padding",
-        "added_tokens",
-        "normalizer",
-        "pre_tokenizer",
-        "post_processor",
-        "decoder",
-        "model",
-    }
-    if unknown := sorted(content.keys() - known):
+    if unknown := sorted(content.keys() - _PARTS):
         raise _Wrong(f"the field {unknown[0][:80]}", "the fields of a tokenizer.json")
     return {
         "version": "1.0",

@@ -158,6 +158,28 @@ def test_a_file_that_is_no_safetensors_is_refused(data, make_checkpoint, tmp_pat
     assert refused.value.reason is Reason.TENSORS
 
 
+def test_what_only_the_library_finds_wrong_is_a_refusal_too(make_checkpoint, tmp_path):
+    """Not an exception that ends the child: whoever wrote the file is told."""
+    import torch
+
+    (tmp_path / "model.safetensors").write_bytes(b"\x10" + bytes(7) + b'{"a": [1, 2, 3]}')
+    with pytest.raises(Rejected) as refused:
+        checkpoint._tensors(tmp_path, ["model.safetensors"], torch.float32)
+    assert (refused.value.reason, refused.value.where) == (Reason.TENSORS, "model.safetensors")
+
+
+def test_an_offset_that_the_library_would_not_read_is_refused_by_the_header(make_checkpoint, tmp_path):
+    folder = rewritten_header(make_checkpoint(), tmp_path / "edited", lambda header: None)
+    data = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].replace(b"[0, ", b"[-0, ").replace(b"[0,", b"[-0,")
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    with pytest.raises(Rejected) as refused:
+        inspect(folder)
+    assert refused.value.reason is Reason.TENSORS
+    assert "-0" in str(refused.value)
+
+
 def test_nan_in_the_weights_is_refused_by_name(make_checkpoint, tmp_path):
     import torch
     from safetensors.torch import load_file, save_file

@@ -144,5 +144,33 @@ def test_a_class_that_is_not_plainly_one_of_ours_is_another_family(architectures
 
 
 def test_the_largest_model_of_these_bounds_is_listed_at_once():
-    config = parse_config(text(PHI, num_hidden_layers=128, hidden_size=1 << 14, num_attention_heads=256, qk_layernorm=True))
+    config = parse_config(text(PHI, num_hidden_layers=128, hidden_size=4096, num_attention_heads=32, qk_layernorm=True))
     assert len(expected_tensors(config)) == 128 * 18 + 5
+
+
+def test_attention_is_bounded_over_all_layers():
+    """No parameter limit sees it: each head compares every token with every other one."""
+    shape = {"num_hidden_layers": 128, "hidden_size": 512, "num_attention_heads": 256}
+    (refusal,) = refusals(text(**shape))
+    assert "32768 attention heads in 128 layers" in refusal
+    assert "at most 4096" in refusal
+    (refusal,) = refusals(text(num_hidden_layers=64, num_attention_heads=16, head_dim=1024))
+    assert "1048576 dimensions of attention heads in 64 layers" in refusal
+    for layers, hidden, heads in (
+        (30, 4096, 32),
+        (32, 4096, 32),
+        (40, 5120, 40),
+        (80, 2560, 40),
+        (128, 512, 32),
+        (16, 4096, 256),
+    ):
+        assert refusals(text(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads)) == [], (layers, heads)
+
+
+def test_minus_zero_is_no_whole_number():
+    """safetensors reads it as a fraction; nobody writes it who does not look for a difference between readers."""
+    for data in (b'{"a": -0}', b'{"a": [0, -0]}'):
+        with pytest.raises(Rejected) as refused:
+            strict_json(data, Reason.TENSORS, "x")
+        assert "-0" in str(refused.value)
+    assert strict_json(b'{"a": [0, -1, -10, -0.5]}', Reason.TENSORS, "x") == {"a": [0, -1, -10, -0.5]}

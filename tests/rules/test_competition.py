@@ -328,6 +328,15 @@ def test_a_model_can_be_too_small():
     assert found.where == "c00: limits.min_parameters"
 
 
+def test_a_tenth_of_the_samples_may_be_unscored_unless_the_file_says_otherwise():
+    assert parse_competition("c00", VALID).limits.unscored == 0.1, "files from before are valid"
+    few = parse_competition("c00", VALID.replace("parameters: 6.9e9", "parameters: 6.9e9, unscored: 0.02"))
+    assert few.limits.unscored == 0.02
+    with pytest.raises(Rejected) as refused:
+        parse_competition("c00", VALID.replace("parameters: 6.9e9", "parameters: 6.9e9, unscored: 1.1"))
+    assert "limits.unscored" in str(refused.value)
+
+
 def test_a_free_tokenizer_may_have_a_default_for_models_that_bring_none():
     fixed = VALID[VALID.index("  hub: Xenova") : VALID.index("limits:")]
     inner = fixed.replace("\n  ", "\n    ").replace("  hub", "    hub", 1)

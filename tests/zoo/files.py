@@ -16,6 +16,7 @@ def cases(base: dict[str, Files], canary: str) -> list[Case]:
         *_instead(base["llama-plain"], canary),
         *_unread(base),
         *_floods(base["llama-plain"]),
+        *_lying_paths(base["llama-plain"]),
         *_lying(base["llama-plain"]),
         *_doors(base["llama-plain"]),
     ]
@@ -27,8 +28,20 @@ def _code(canary: str) -> bytes:
 
 def _beside(llama: Files, canary: str) -> list[Case]:
     """A right model with a file that no model needs."""
+    table = [*_code_and_pickles(canary), *_other_names(content_of(llama["model.safetensors"]))]
+    return [
+        Case(f"beside-{number:02d}-{_plain(path)}", row, f"{path[:60]!r} beside a right model", llama | {path: data}, FORBIDDEN)
+        for number, (row, path, data) in enumerate(table)
+    ]
+
+
+_Row = tuple[str, str, bytes]
+"""(row of threats.md, path, content)."""
+
+
+def _code_and_pickles(canary: str) -> list[_Row]:
     code, act, zipped = _code(canary), pickled(canary), torch_zip(canary)
-    table: list[tuple[str, str, bytes]] = [
+    return [
         ("B1", "modeling_evil.py", code),
         ("B1", "modeling_llama.py", code),
         ("B1", "configuration_llama.py", code),
@@ -57,17 +70,22 @@ def _beside(llama: Files, canary: str) -> list[Case]:
         ("B4", "model.onnx", b"\x08\x07"),
         ("B4", "model.gguf", b"GGUF"),
         ("B4", "pytorch_model.bin.index.json", b'{"weight_map": {"a": "x.bin"}}'),
+    ]
+
+
+def _other_names(weights: bytes) -> list[_Row]:
+    return [
         ("B5", "adapter_config.json", as_json({"base_model_name_or_path": "../llama-tied", "peft_type": "LORA"})),
-        ("B5", "adapter_model.safetensors", content_of(llama["model.safetensors"])),
-        ("B13", "consolidated.safetensors", content_of(llama["model.safetensors"])),
-        ("B13", "model.fp16.safetensors", content_of(llama["model.safetensors"])),
+        ("B5", "adapter_model.safetensors", weights),
+        ("B13", "consolidated.safetensors", weights),
+        ("B13", "model.fp16.safetensors", weights),
         ("B12", "sub/config.json", b"{}"),
-        ("B12", "checkpoint-1/model.safetensors", content_of(llama["model.safetensors"])),
+        ("B12", "checkpoint-1/model.safetensors", weights),
         ("B12", ".hidden/config.json", b"{}"),
         ("B12", "Config.json", b"{}"),
         ("B12", "config.json ", b"{}"),
         ("B12", "config.json.", b"{}"),
-        ("B12", "m\u043edel.safetensors", content_of(llama["model.safetensors"])),
+        ("B12", "m\u043edel.safetensors", weights),
         ("B12", "back\\slash.json", b"{}"),
         ("B12", "..json", b"{}"),
         ("B12", "a" * 240 + ".json", b"{}"),
@@ -77,10 +95,6 @@ def _beside(llama: Files, canary: str) -> list[Case]:
         ("B15", "chat_template.jinja", b"{% for a in range(10**9) %}{% for b in range(10**9) %}{% endfor %}{% endfor %}"),
         ("B17", "samples.json", b"[]"),
         ("B17", "tokenizer.json.gz", b"\x1f\x8b"),
-    ]
-    return [
-        Case(f"beside-{number:02d}-{_plain(path)}", row, f"{path[:60]!r} beside a right model", llama | {path: data}, FORBIDDEN)
-        for number, (row, path, data) in enumerate(table)
     ]
 
 
@@ -165,14 +179,38 @@ def _floods(llama: Files) -> list[Case]:
     ]  # fmt: skip
 
 
+_ROW = {"oid": "a" * 40, "type": "file"}
+
+
+def _listed(path: str, size: int = 2) -> Lies:
+    return Lies(rows=({"path": path, "size": size, **_ROW},))
+
+
+def _lying_paths(llama: Files) -> list[Case]:
+    """The Hub lists what no Hub should."""
+    table: list[tuple[str, str, Lies, tuple[Expected, ...]]] = [
+        ("lie-path-up", "the listing names ../../evil.json", _listed("../../evil.json"), FORBIDDEN),
+        ("lie-path-absolute", "the listing names /tmp/evil.json", _listed("/tmp/evil.json"), FORBIDDEN),
+        ("lie-path-windows", "the listing names C:\\evil.json", _listed("C:\\evil.json"), FORBIDDEN),
+        ("lie-path-nul", "the listing names a zero byte", _listed("evil\0.json"), FORBIDDEN),
+        ("lie-path-newline", "the listing names a line end", _listed("config.json\n"), FORBIDDEN),
+        ("lie-path-reversed", "the listing names letters that run backwards", _listed("model\u202esnosj.json"), FORBIDDEN),
+        ("lie-path-surrogate", "the listing names half a character", _listed("\ud800.json"),
+         (refused("forbidden_file", "unavailable"),)),
+        ("lie-path-long", "a path of 100,000 letters", _listed("a" * 100_000 + ".json"), FORBIDDEN),
+        ("lie-path-empty", "an empty path", _listed(""), (refused("forbidden_file", "unavailable"),)),
+        ("lie-path-dots", "a path of two dots", _listed(".."), FORBIDDEN),
+        ("lie-path-twice", "config.json twice", _listed("config.json"),
+         (refused("forbidden_file", "bad_config", "unavailable", at=(METADATA, DOWNLOAD)),)),
+        ("lie-path-folder", "model.safetensors is a folder, too", _listed("model.safetensors/x.json"), FORBIDDEN),
+    ]  # fmt: skip
+    return [Case(name, "B12", why, llama, expected, lies=lies) for name, why, lies, expected in table]
+
+
 def _lying(llama: Files) -> list[Case]:
     """The Hub itself says what is not so, or plays along."""
     weights = content_of(llama["model.safetensors"])
     config = content_of(llama["config.json"])
-    oid = {"oid": "a" * 40, "type": "file"}
-
-    def row(path: str, size: int = 2) -> Lies:
-        return Lies(rows=({"path": path, "size": size, **oid},))
 
     def size(path: str, stated: object) -> Lies:
         return Lies(stated={path: {"size": stated, **({"lfs": None} if path == "config.json" else {})}})
@@ -184,24 +222,10 @@ def _lying(llama: Files) -> list[Case]:
     # Other bytes of a small file than the listing's id: the line may be at fault, so nobody is refused for good.
     closer = (refused("bad_config", "corrupt", "unavailable", at=(METADATA, DOWNLOAD)),)
     table: list[tuple[str, str, str, Lies, tuple[Expected, ...]]] = [
-        ("lie-path-up", "B12", "the listing names ../../evil.json", row("../../evil.json"), FORBIDDEN),
-        ("lie-path-absolute", "B12", "the listing names /tmp/evil.json", row("/tmp/evil.json"), FORBIDDEN),
-        ("lie-path-windows", "B12", "the listing names C:\\evil.json", row("C:\\evil.json"), FORBIDDEN),
-        ("lie-path-nul", "B12", "the listing names a zero byte", row("evil\0.json"), FORBIDDEN),
-        ("lie-path-newline", "B12", "the listing names a line end", row("config.json\n"), FORBIDDEN),
-        ("lie-path-reversed", "B12", "the listing names letters that run backwards", row("model\u202esnosj.json"), FORBIDDEN),
-        ("lie-path-surrogate", "B12", "the listing names half a character", row("\ud800.json"),
-         (refused("forbidden_file", "unavailable"),)),
-        ("lie-path-long", "B12", "a path of 100,000 letters", row("a" * 100_000 + ".json"), FORBIDDEN),
-        ("lie-path-empty", "B12", "an empty path", row(""), (refused("forbidden_file", "unavailable"),)),
-        ("lie-path-dots", "B12", "a path of two dots", row(".."), FORBIDDEN),
-        ("lie-path-twice", "B12", "config.json twice", row("config.json"),
-         (refused("forbidden_file", "bad_config", "unavailable", at=(METADATA, DOWNLOAD)),)),
-        ("lie-path-folder", "B12", "model.safetensors is a folder, too", row("model.safetensors/x.json"), FORBIDDEN),
         ("lie-size-huge", "B17", "a tokenizer.json of 10^15 bytes",
-         row("tokenizer.json", 10**15), (refused("too_large", "tokenizer"),)),
-        ("lie-size-negative", "B17", "a file of -1 bytes", row("README.md", -1), unknown),
-        ("lie-size-none", "B17", "a file without a size", Lies(rows=({"path": "README.md", **oid},)), unknown),
+         _listed("tokenizer.json", 10**15), (refused("too_large", "tokenizer"),)),
+        ("lie-size-negative", "B17", "a file of -1 bytes", _listed("README.md", -1), unknown),
+        ("lie-size-none", "B17", "a file without a size", Lies(rows=({"path": "README.md", **_ROW},)), unknown),
         ("lie-oid-none", "B17", "a file without an id", Lies(rows=({"path": "README.md", "size": 3, "type": "file"},)), unknown),
         ("lie-config-longer", "B17", "config.json is stated longer than it is", size("config.json", len(config) + 10), closer),
         ("lie-config-shorter", "B17", "config.json is stated shorter than it is", size("config.json", 40), closer),

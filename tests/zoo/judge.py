@@ -30,7 +30,7 @@ import numpy as np
 from sn29 import examination
 from sn29.errors import Rejected, Unavailable
 from sn29.evaluation import worker
-from sn29.examination import Entrant, Machine, Ports, Rules
+from sn29.examination import Entrant, FixedText, Machine, Ports, Rules
 from sn29.hub import Hub
 from sn29.models import checkpoint
 from sn29.models.fetch import fetch
@@ -114,7 +114,7 @@ class Zoo:
         machine = Machine(folder / "models", folder / "records", "cpu", "float32", 1, DEADLINE_S, 20.0)
         store = Store(folder / "store.db")
         reader = Hub(self.hub.endpoint, timeout_s=5.0, attempts=1)
-        self._ports = Ports(None, reader, store, None, lambda fixed: (tokenizer, 258), machine)  # type: ignore[arg-type]
+        self._ports = Ports(None, reader, store, None, lambda fixed: FixedText(tokenizer, 258), machine)  # type: ignore[arg-type]
         self._rules = Rules(
             {
                 "c00": parse_file("c00", RULES.format(families="LlamaForCausalLM", tokenizer=FIXED)),
@@ -175,6 +175,11 @@ class Zoo:
         else:
             digest = checkpoint.digest(self._content_id(case), value if kind == "hotkey" else hotkey)
         return Commitment(hotkey, case.block, model, digest, case.competition)
+
+    def claimed(self, case: Case) -> Inspected:
+        """What the commitment claims, by the Hub's listing."""
+        files = Hub(self.hub.endpoint, timeout_s=5.0, attempts=1).listing(self.models[case.name]).files
+        return Inspected(self.commitment(case), checkpoint.content_id(files), (checkpoint.weights_id(files),))
 
     def _content_id(self, case: Case) -> str:
         """As the miner computes it, of what the Hub lists; any, where there is nothing to list."""

@@ -30,7 +30,7 @@ def cases(base: dict[str, Files], canary: str, phrase: str) -> list[Case]:
         *_table(base, "normalizer", _normalizers()),
         *_table(base, "splitter", _splitters()),
         *_table(base, "decoder", _decoders()),
-        *_table(base, "model", _models()),
+        *_table(base, "model", [*_bpe_models(), *_other_models()]),
         *_table(base, "added", _added()),
         *_table(base, "rest", _rest()),
         *_raw(base["phi-plain"], canary),
@@ -54,7 +54,7 @@ def _table(base: dict[str, Files], kind: str, rows: list[Row]) -> list[Case]:
 def hostile_parts() -> dict[str, list[Any]]:
     """Field of tokenizer.json -> the values that the tables below put there, small ones: for the fuzzer."""
     found: dict[str, list[Any]] = {}
-    for rows in (_normalizers(), _splitters(), _decoders(), _models(), _added(), _rest()):
+    for rows in (_normalizers(), _splitters(), _decoders(), _bpe_models(), _other_models(), _added(), _rest()):
         for _, _, parts, _ in rows:
             for name, value in parts.items():
                 if len(json.dumps(value)) < 20_000:
@@ -181,16 +181,15 @@ def _decoders() -> list[Row]:
     ]  # fmt: skip
 
 
-def _models() -> list[Row]:
+def _bpe_models() -> list[Row]:
     plain = byte_level()["model"]
     vocab, merges = plain["vocab"], plain["merges"]
 
     def bpe(**fields: Any) -> dict[str, Any]:
         return {"model": plain | fields}
 
-    letters = {character: index for index, character in enumerate("abcdefghijklmnopqrstuvwxyz ")}
+    letters = _letters()
     big = {"model": plain | {"vocab": vocab | {f"token number {i}": 259 + i for i in range(400_000)}}}
-    pieces = [["<unk>", 0.0], *([token, -5.0] for token in vocab)]
     return [
         ("id-beyond", "an id that the embedding does not have", bpe(vocab=vocab | {"the": 5000}), BEYOND),
         ("id-2e31", "an id of 2^31", bpe(vocab=vocab | {"the": 2**31}), BEYOND),
@@ -223,6 +222,18 @@ def _models() -> list[Row]:
         ("dropout-2", "a chance of 2", bpe(dropout=2.0), UNUSABLE),
         ("unknown-missing", "an unk_token that is not there", bpe(unk_token="<none>"), NEUTRAL),
         ("fallback-without-bytes", "byte_fallback without byte tokens", bpe(byte_fallback=True, vocab=letters, merges=[]), LOSSY),
+    ]  # fmt: skip
+
+
+def _letters() -> dict[str, int]:
+    return {character: index for index, character in enumerate("abcdefghijklmnopqrstuvwxyz ")}
+
+
+def _other_models() -> list[Row]:
+    plain, letters = byte_level()["model"], _letters()
+    vocab, merges = plain["vocab"], plain["merges"]
+    pieces = [["<unk>", 0.0], *([token, -5.0] for token in vocab)]
+    return [
         ("unigram-empty", "no piece", {"model": {"type": "Unigram", "unk_id": 0, "vocab": []}}, UNUSABLE),
         ("unigram-unknown-beyond", "unk_id behind the end",
          {"model": {"type": "Unigram", "unk_id": 10**6, "vocab": pieces}}, UNUSABLE),

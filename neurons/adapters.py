@@ -16,11 +16,12 @@ from sn29 import telemetry
 from sn29.errors import Reason, Rejected, Unavailable
 from sn29.rules.competition import Competition, FixedTokenizer, FolderDataset, HallOfFame, parse_hall_of_fame
 from sn29.rules.schedule import CompetitionFile, check_files, in_force, parse_file
-from sn29.settings import NeuronSettings, default_cache
+from sn29.settings import NeuronSettings, ValidatorSettings, default_cache
 
 if TYPE_CHECKING:
     from sn29.chain import Chain
     from sn29.corpus import DataFiles
+    from sn29.evaluation.worker import Evaluator
     from sn29.examination import FixedText, Rules
     from sn29.hub import Hub
 
@@ -44,6 +45,19 @@ def open_chain(settings: NeuronSettings, *, with_wallet: bool = True) -> Chain:
         substrate=_substrate(settings),
         deadline_s=settings.chain_deadline_s,
         locks=settings.locks_dir,
+    )
+
+
+async def open_evaluator(settings: ValidatorSettings, work_dir: Path) -> Evaluator:
+    """What measures models: this machine, or the fleet of `--fleet`. Raises Rejected(SETTING), Unavailable."""
+    from sn29.evaluation.worker import Here
+
+    if not settings.fleet:
+        return Here(work_dir)
+    from sn29.evaluation.fleet import Fleet
+
+    return await Fleet.open(
+        settings.fleet, device=settings.device, threads=settings.threads, cache=work_dir / "fleet", say=telemetry.tell
     )
 
 

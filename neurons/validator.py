@@ -20,7 +20,9 @@ from sn29.settings import ValidatorSettings, read
 if TYPE_CHECKING:
     from neurons.adapters import RulesReader
     from sn29.chain import Chain
-    from sn29.examination import Ports
+    from sn29.evaluation.worker import Evaluator
+    from sn29.examination import Machine, Ports
+    from sn29.hub import Hub
     from sn29.publication import Publisher
     from sn29.store import Store
 
@@ -39,13 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 async def run(settings: ValidatorSettings) -> None:
     """Both loops until one ends or a signal comes."""
-    from neurons.adapters import RulesReader, Tokenizers, dataset_of, open_chain
+    from neurons.adapters import RulesReader, open_evaluator
     from sn29.evaluation.confinement import hide
-    from sn29.evaluation.worker import self_test
-    from sn29.examination import Machine, Ports
+    from sn29.examination import Machine
     from sn29.hub import Hub
-    from sn29.publication import Publisher
-    from sn29.round import begin_with
     from sn29.store import Store
 
     hide()
@@ -62,8 +61,26 @@ async def run(settings: ValidatorSettings) -> None:
         evaluation_deadline_s=settings.evaluation_deadline_s,
         download_deadline_s=settings.download_deadline_s,
         models_bytes=int(settings.models_gb * 1e9) or None,
+        model_bytes=int(settings.evaluation_memory_gb * 1e9) or None,
     )
-    await self_test(device=settings.device, dtype=settings.dtype, threads=settings.threads)
+    evaluator = await open_evaluator(settings, machine.work_dir)
+    try:
+        await evaluator.self_test(device=settings.device, dtype=settings.dtype, threads=settings.threads)
+        await _judge_and_publish(settings, hub, store, machine, evaluator)
+    finally:
+        await evaluator.close()
+    store.close()
+    lock.close()
+    telemetry.tell("stopped", "nothing is lost: start again to go on")
+
+
+async def _judge_and_publish(settings: ValidatorSettings, hub: Hub, store: Store, machine: Machine, evaluator: Evaluator) -> None:
+    """Until one of the two loops ends or a signal comes."""
+    from neurons.adapters import RulesReader, Tokenizers, dataset_of, open_chain
+    from sn29.examination import Ports
+    from sn29.publication import Publisher
+    from sn29.round import begin_with
+
     chain = open_chain(settings)
     publisher = Publisher(
         chain,
@@ -78,7 +95,7 @@ async def run(settings: ValidatorSettings) -> None:
         names = ", ".join(reader.files.files)
         telemetry.tell("started", f"validator {chain.hotkey} on {settings.network}", competitions=names)
         tokenizers = Tokenizers(hub, settings.state_dir / "tokenizers")
-        ports = Ports(chain, hub, store, dataset_of(hub, settings.competitions_dir), tokenizers, machine)
+        ports = Ports(chain, hub, store, dataset_of(hub, settings.competitions_dir), tokenizers, machine, evaluator)
         if settings.start_record is not None:
             await begin_with(ports, record_files.read(settings.start_record))
         rounds_done = asyncio.Event()
@@ -88,9 +105,6 @@ async def run(settings: ValidatorSettings) -> None:
         await _until_over(rounds, publishing)
     finally:
         await chain.close()
-    store.close()
-    lock.close()
-    telemetry.tell("stopped", "nothing is lost: start again to go on")
 
 
 async def _until_it_answers(chain: Chain, store: Store, publisher: Publisher, poll_s: float) -> None:

@@ -2,8 +2,8 @@
 
 A round flows from the chain to the weights, and so does the order here: the block, the competition file in force, the text
 and its samples, the commitments and their outcomes, the files that were judged and since when they are claimed, the losses,
-what the scoring rule remembered, scores, weights. Whoever differs early differs in everything after it; the first line is
-the one to look into.
+what the scoring rule remembered, who was stopped before the last sample, scores, weights. Whoever differs early differs in
+everything after it; the first line is the one to look into.
 """
 
 from __future__ import annotations
@@ -131,16 +131,27 @@ def _losses(name: str, a: CompetitionRecord, b: CompetitionRecord) -> Difference
     if not unequal:
         return None
     relative, hotkey, at, one, two = max(unequal, key=lambda found: found[0])
-    total = sum(len(m.losses) for m, _ in both)
+    total = sum(min(len(m.losses), len(other.losses)) for m, other in both)
     note = f"relative {relative:.3g}, the largest of {len(unequal):,} differences in {total:,} losses"
     return Difference(f"{name}: losses of {hotkey} on sample {a.samples[at].id}", repr(one), repr(two), note)
 
 
 def _unequal(m: ModelRecord, other: ModelRecord) -> Iterator[tuple[float, str, int, float, float]]:
-    for at, (one, two) in enumerate(zip(m.losses, other.losses, strict=True)):
+    for at, (one, two) in enumerate(zip(m.losses, other.losses, strict=False)):  # of what both measured
         if one != two:
             finite = math.isfinite(one) and math.isfinite(two)
             yield abs(one - two) / max(one, two) if finite else math.inf, m.hotkey, at, one, two
+
+
+def _stopped(name: str, a: CompetitionRecord, b: CompetitionRecord) -> Difference | None:
+    """Who was stopped where: losses that differ a little, or another memory, can stop a model one portion earlier or later."""
+    one, other = ({m.hotkey: _measured(m, len(r.samples)) for m in r.models if m.evaluated} for r in (a, b))
+    unequal = [h for h in sorted(one.keys() & other.keys()) if one[h] != other[h]]
+    return Difference(f"{name}: measuring of {unequal[0]}", one[unequal[0]], other[unequal[0]]) if unequal else None
+
+
+def _measured(m: ModelRecord, total: int) -> str:
+    return m.stopped or f"measured on all {total:,} samples"
 
 
 def _memory(name: str, a: CompetitionRecord, b: CompetitionRecord) -> Difference | None:
@@ -157,7 +168,7 @@ def _scores(name: str, a: CompetitionRecord, b: CompetitionRecord) -> Difference
 
 
 _STAGES: tuple[Callable[[str, CompetitionRecord, CompetitionRecord], Difference | None], ...] = (
-    _file, _window, _datasets, _samples, _outcomes, _contents, _claims, _losses, _memory, _scores,
+    _file, _window, _datasets, _samples, _outcomes, _contents, _claims, _losses, _memory, _stopped, _scores,
 )  # fmt: skip
 _MEASURED = 7
 """Stages before anything is measured."""

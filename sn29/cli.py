@@ -28,6 +28,11 @@ sn29 {__version__}: node software of Bittensor subnet 29
   sn29 competitions diff OLD NEW   every field that two files or folders set differently, and from which block on
   sn29 competitions pin FILE       write revision and fingerprint of every Hub id into the file
   sn29 simulate incentive          attacks and honest progress under each scoring rule: who would be paid
+  sn29 simulate sequential         what stopping hopeless challengers saves, and how often it stops one that would win
+  sn29 bench score                 how fast a window is scored here, against a plain loop
+  sn29 bench eval                  how fast samples are evaluated here, against one by one and padded batches
+  sn29 bench start                 how soon a model's first loss is there, against a new interpreter
+  sn29 bench stream                how fast a model is read layer by layer, against plain reading
   sn29 competitions simulate FILE  what this file would have changed in recorded rounds, per hotkey
   sn29 explain HOTKEY              why this weight: refused why, lost to whom by how much, what would win
   sn29 replay RECORD               scores and weights again from a round's record; exit 0 when they are the recorded bits
@@ -243,6 +248,32 @@ def _of_checks(name: str) -> Callable[[list[str]], int]:
     return run
 
 
+def _bench_score(words: list[str]) -> int:
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"  # one core; before numpy is imported
+    from sn29.bench_score_command import bench_score
+
+    return bench_score(words)
+
+
+def _bench_stream(words: list[str]) -> int:
+    from sn29.bench_stream_command import bench_stream
+
+    return bench_stream(words)
+
+
+def _bench_start(words: list[str]) -> int:
+    from sn29.bench_start_command import bench_start
+
+    return bench_start(words)
+
+
+def _bench_eval(words: list[str]) -> int:
+    from sn29.bench_eval_command import bench_eval
+
+    return bench_eval(words)
+
+
 def _of_records(name: str) -> Callable[[list[str]], int]:
     """A command that reads round records."""
 
@@ -285,6 +316,11 @@ _COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int]] = {
     ("audit",): _of_records("audit"),
     ("localnet", "up"): _localnet_up,
     ("simulate", "incentive"): _simulate_incentive,
+    ("simulate", "sequential"): _of_competitions("simulate_sequential"),
+    ("bench", "eval"): _bench_eval,
+    ("bench", "score"): _bench_score,
+    ("bench", "start"): _bench_start,
+    ("bench", "stream"): _bench_stream,
 }
 
 

@@ -1,4 +1,5 @@
-"""`sn29 competitions show | diff | pin`: what competition files say, how two differ, and pins for what they name."""
+"""`sn29 competitions show | diff | pin`: what competition files say, how two differ, and pins for what they name. And
+`sn29 simulate sequential`: what stopping hopeless challengers would do under a file's rule."""
 
 from __future__ import annotations
 
@@ -281,3 +282,31 @@ def _fingerprint(hub: Hub, repo: str, revision: str) -> str:
         if not (folder / "tokenizer.json").exists():
             raise Rejected(Reason.TOKENIZER, "no tokenizer.json", "a tokenizer.json", str(where))
         return Tokenizer.load(folder / "tokenizer.json").fingerprint()
+
+
+# ---- simulate sequential ---------------------------------------------------------------------------------------------
+
+
+def simulate_sequential(words: list[str]) -> int:
+    """Samples saved by stopping, and who was stopped wrongly."""
+    from sn29.settings import SequentialSettings, read
+
+    settings = read(SequentialSettings, words)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from neurons.adapters import read_competitions
+    from neurons.miner import chosen
+    from sn29 import stopping
+
+    competition = chosen(read_competitions(settings.competitions_dir)[0], settings.competition)
+    plan = stopping.Plan(settings.runs, settings.windows, settings.samples, settings.seed)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("challengers")
+        result = stopping.simulate(competition, plan, lambda done, of: progress.update(task, completed=done, total=of))
+    if settings.json_output:
+        print(stopping.as_json(result))
+    else:
+        for table in stopping.tables(result):
+            Console().print(table)
+    return 0 if all(met for _, _, met in result.goals) else 1

@@ -295,11 +295,12 @@ async def packages(_: Facts) -> str:
 
 async def device(facts: Facts) -> str:
     """A tiny model of our own is evaluated on the device, in a child as a miner's would be; a GPU must hold the largest one."""
-    from sn29.evaluation.worker import self_test
+    from sn29.evaluation.worker import Here
 
     s = facts.settings
     assert isinstance(s, DoctorOfValidator)
-    await self_test(device=s.device, dtype=s.dtype, threads=s.threads, deadline_s=s.check_deadline_s)
+    async with Here() as here:
+        await here.self_test(device=s.device, dtype=s.dtype, threads=s.threads, deadline_s=s.check_deadline_s)
     if s.device == "cpu":
         return f"cpu evaluates in {s.dtype}"
     free, total = await _gpu_bytes(s.device)

@@ -1,4 +1,4 @@
-"""One commitment's way: its metadata inspected, its files fetched, its losses measured; or the refusal, with both values.
+"""One commitment's way to its losses: everything that metadata shows, or the refusal, with both values.
 
 What was seen of a revision is kept, because a revision does not change: in later rounds the Hub is asked one thing, whether
 everybody can still read the repository. A refusal is for good, so none rests on one reply of the Hub alone.
@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
-import shutil
-import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -22,40 +18,20 @@ from typing import NamedTuple, TypeVar
 from sn29.chain import Chain
 from sn29.corpus import DataFiles
 from sn29.errors import Reason, Rejected, Unavailable
-from sn29.evaluation.worker import (
-    ChildEnded,
-    Ending,
-    Evaluated,
-    FileChanged,
-    Job,
-    evaluate,
-    memory_needed,
-    self_test,
-)
+from sn29.evaluation.worker import Evaluator
 from sn29.hub import FileRefused, Hub, within
 from sn29.models import checkpoint, fingerprint
-from sn29.models.disk import Disk
-from sn29.models.fetch import fetch
-from sn29.records import Commitment, Loss, ModelFacts, ModelId, Outcome, RepoListing, Sample, Window
-from sn29.rules.competition import Competition, FixedTokenizer, HallOfFame, named_start_token, tokenizer_for, violations
+from sn29.records import Commitment, ModelFacts, ModelId, Outcome, RepoListing, Window
+from sn29.rules.competition import Competition, FixedTokenizer, HallOfFame, tokenizer_for, violations
 from sn29.rules.schedule import CompetitionFile, in_force, rules_for
 from sn29.rules.selection import Claim, Inspected, Refusal, first_claims
-from sn29.store import Store, StoredRepository, Unanswered
+from sn29.store import Store, StoredRepository
 from sn29.telemetry import tell, warn
 
 T = TypeVar("T")
 
 # Refusals that the world can take back: they are looked at again in the next round, at the cost of one request.
 _MAY_HEAL = {Reason.COPY, Reason.REPOSITORY_GONE, Reason.REPOSITORY_CLOSED, Reason.REVISION_GONE}
-
-# Refusals that a failing machine can bring about as well: not believed before our own model has passed, twice.
-_MAY_BE_OURS = {Reason.NOT_DETERMINISTIC, Reason.NOT_CAUSAL}
-
-# Endings that say nothing of the model, however often they come. Nobody is refused for them.
-_NEVER_THE_MODELS = {Ending.KILLED, Ending.DEVICE, Ending.DEVICE_MEMORY, Ending.MACHINE}
-
-# Endings by time: what is slow now may be slow because of what else runs here, so the second try is a round later.
-_SLOW = {Ending.DEADLINE, Ending.CPU_TIME, Ending.TOKENIZER}
 
 EXCUSED_BLOCKS = 50_400
 """A week of 12 s blocks: so long it is remembered in which rounds a model did not answer."""
@@ -94,6 +70,8 @@ class Machine:
     download_deadline_s: float
     models_bytes: int | None = None
     """What `models_dir` may hold; None: as much as its disk has, less a reserve."""
+    model_bytes: int | None = None
+    """What one model may take of the device's memory; a larger one is streamed. None: all that there is."""
     silence_s: float = 20.0
     """Longest silence of the Hub in a download, before it is asked for the rest."""
     inspection_s: float = 60.0
@@ -128,6 +106,8 @@ class Ports:
     tokenizer: Callable[[FixedTokenizer], FixedText]
     """A fixed tokenizer, its fingerprint checked."""
     machine: Machine
+    evaluator: Evaluator
+    """This machine, or a fleet of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,21 +119,6 @@ class Entrant:
     listing: RepoListing
     admitting: Competition
     """The rules that it was admitted by: grace may make them wider than those in force."""
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What became of one entrant."""
-
-    outcome: Outcome
-    losses: tuple[Loss, ...] = ()
-    """Of the window's samples, in their order; empty unless it was evaluated."""
-    is_over: bool = False
-    """It gave nothing, and is tried again in the next round only: no use to wait for it."""
-
-
-class _NextRound(Unavailable):
-    """Said of an evaluation that may succeed in the next round and not in this one."""
 
 
 async def inspect(
@@ -188,7 +153,7 @@ async def inspect(
             raise violation
 
     kept = ports.store.repository(commitment.model, read_by=SOFTWARE)
-    listed = _listed(ports, commitment, window.seed.block if block is None else block)
+    listed = listed_files(ports, commitment, window.seed.block if block is None else block)
     try:
         with within(ports.machine.inspection_s):
             listing = kept.listing if kept else await _listing(ports, commitment)
@@ -204,7 +169,7 @@ async def inspect(
                     await _confirm(ports, listing)
                 raise
     except Rejected as error:
-        return _refuse(ports, admitting, commitment, error)
+        return refuse(ports, admitting, commitment, error)
     except Unavailable as error:
         return put_off(commitment, error)
     what = "inspected before, and still public" if kept and kept.facts else f"{facts.num_parameters:,} parameters: allowed"
@@ -295,7 +260,7 @@ class _Listed:
             raise Rejected(Reason.REVISION_GONE, f"{error.why}, as in an earlier round", limit, error.what) from None
 
 
-def _listed(ports: Ports, commitment: Commitment, block: int) -> _Listed:
+def listed_files(ports: Ports, commitment: Commitment, block: int) -> _Listed:
     """For the round of `block`."""
     before = ports.store.unanswered(since=block - EXCUSED_BLOCKS, before=block, model=commitment.model)
     return _Listed(ports.hub, commitment.model, bool(before))
@@ -314,231 +279,12 @@ def _terms(ports: Ports, admitting: Competition) -> str:
     return hashlib.sha256(terms.encode()).hexdigest()
 
 
-def _refuse(ports: Ports, admitting: Competition, commitment: Commitment, error: Rejected) -> Outcome:
+def refuse(ports: Ports, admitting: Competition, commitment: Commitment, error: Rejected) -> Outcome:
     """The refusal, remembered unless the world can take it back."""
     outcome = refused(commitment.hotkey, commitment.competition, commitment.block, str(commitment.model), error)
     if error.reason not in _MAY_HEAL:
         ports.store.keep_verdict(outcome, commitment.encode(), _terms(ports, admitting))
     return outcome
-
-
-async def measure(
-    ports: Ports,
-    competition: Competition,
-    entrant: Entrant,
-    samples: tuple[Sample, ...],
-    block: int,
-    paid: Collection[str] = (),
-) -> Measured:
-    """The losses of one model on the window's samples, in the round of `block`; from the store where they are known.
-
-    The digest of its tensors is in the store afterwards if it was ever evaluated. `paid` are the contents that earn: they
-    go last when its files need the place of others.
-    """
-    commitment, content = entrant.commitment, entrant.facts.content_id
-    tokenizer_id = tokenizer_id_of(competition, entrant)
-    start_token = start_token_of(competition, entrant.facts)
-    device = ports.machine.device.partition(":")[0]
-    profile = f"{device} {ports.machine.dtype} start={start_token} max_tokens={competition.limits.max_tokens} plain-1"
-    try:
-        known = ports.store.losses(content, tokenizer_id, profile, [s.id for s in samples])
-        missing = tuple(s for s in samples if s.id not in known)
-        if missing or ports.store.tensor_digest(content) is None:
-            found = await _fetch_and_evaluate(ports, competition, entrant, missing, block, paid)
-            ports.store.keep_losses(content, tokenizer_id, profile, found.losses)
-            ports.store.keep_tensor_digest(content, found.tensor_digest, block)
-            known |= {loss.sample: loss for loss in found.losses}
-    except Rejected as error:
-        outcome = _refuse(ports, entrant.admitting, commitment, error)
-        say_refused([outcome])
-        return Measured(outcome)
-    except Unavailable as error:
-        return Measured(put_off(commitment, error), is_over=isinstance(error, _NextRound))
-    tell(
-        "evaluated", f"{len(missing)} samples measured, {len(samples) - len(missing)} known",
-        hotkey=commitment.hotkey, competition=competition.name, measured=len(missing), known=len(samples) - len(missing),
-    )  # fmt: skip
-    losses = tuple(known[s.id] for s in samples)
-    own = tokenizer_for(competition, entrant.facts.has_tokenizer) is None
-    failure = unfit(losses, competition.limits.round_trip_failures, competition.limits.unscored, own_tokenizer=own)
-    if failure is not None:  # of this window's samples, so it is not remembered
-        outcome = refused(commitment.hotkey, competition.name, commitment.block, str(commitment.model), failure)
-        say_refused([outcome])
-        return Measured(outcome)
-    outcome = Outcome(
-        commitment.hotkey, competition.name, commitment.block, "evaluated", str(commitment.model), content_id=content
-    )
-    return Measured(outcome, losses)
-
-
-def unfit(
-    losses: Sequence[Loss], round_trip_failures: int, unscored: float = 1.0, *, own_tokenizer: bool = True
-) -> Rejected | None:
-    """Why a model with these losses is out, if it is: decided over the whole window, however much of it was known before.
-
-    For `unscored` see `rules.competition.Limits`.
-    """
-    reasons = [loss.reason for loss in losses]
-    lost, not_finite = reasons.count(Reason.ROUND_TRIP.code), reasons.count("not_finite")
-    if lost > round_trip_failures:
-        return Rejected(Reason.ROUND_TRIP, f"{lost} samples", f"at most {round_trip_failures}")
-    if losses and not any(math.isfinite(loss.nats) for loss in losses):
-        return Rejected(Reason.NOT_FINITE, "no finite loss on any sample", "finite losses")
-    too_long = reasons.count("too_long") if own_tokenizer else 0
-    if not_finite + too_long > unscored * len(losses):
-        reason = Reason.NOT_FINITE if not_finite >= too_long else Reason.TOKENIZER
-        got = f"{not_finite:,} samples with no finite loss and {too_long:,} of too many tokens, of {len(losses):,}"
-        return Rejected(reason, got, f"at most {unscored:.1%} of the samples (limits.unscored)")
-    return None
-
-
-def start_token_of(competition: Competition, facts: ModelFacts) -> int:
-    """The competition's, else the model's own."""
-    chosen = named_start_token(competition, facts.has_tokenizer)
-    return facts.start_token if chosen is None else chosen
-
-
-def tokenizer_id_of(competition: Competition, entrant: Entrant) -> str:
-    """Fingerprint of the competition's tokenizer, or the object id of the model's own, which is known without the file."""
-    shared = tokenizer_for(competition, entrant.facts.has_tokenizer)
-    if shared is not None:
-        return shared.fingerprint or ""
-    return next((f.oid for f in entrant.listing.files if f.path == "tokenizer.json"), "")
-
-
-async def _fetch_and_evaluate(
-    ports: Ports, competition: Competition, entrant: Entrant, samples: tuple[Sample, ...], block: int, paid: Collection[str]
-) -> Evaluated:
-    """The model's files brought here, and what the child finds in them; nobody deletes them meanwhile.
-
-    A file that the child finds changed is our disk's fault: it is fetched once more. Raises Rejected, Unavailable.
-    """
-    machine, facts = ports.machine, entrant.facts
-    _unless_it_is_over(ports, entrant.commitment, block)
-    fixed = await _fixed_text(ports, tokenizer_for(competition, facts.has_tokenizer))
-    disk = Disk(machine.models_dir, budget_bytes=machine.models_bytes, say=tell)
-    try:
-        with disk.using(facts.content_id) as folder:
-            job = Job(
-                checkpoint=str(folder.absolute()),
-                tokenizer=str((fixed.path if fixed else folder / "tokenizer.json").absolute()),
-                tokenizer_oid=fixed.oid if fixed else "",
-                start_token=start_token_of(competition, facts),
-                max_tokens=competition.limits.max_tokens,
-                dtype=machine.dtype,
-                device=machine.device,
-                threads=machine.threads,
-                samples=samples,
-                files=tuple(f for f in entrant.listing.files if checkpoint.is_content(f.path)),
-            )
-            await _fetch(ports, entrant, folder, block, lambda num_bytes: disk.make_room(num_bytes, paid))
-            try:
-                return await _evaluate(ports, entrant, job, block)
-            except FileChanged as error:
-                if error.path not in {file.path for file in job.files}:  # the name is the child's: we delete none but these
-                    raise
-                warn("disk", f"{error}; thrown away", hotkey=entrant.commitment.hotkey)
-                _throw_away(folder / error.path)
-                await _fetch(ports, entrant, folder, block, lambda num_bytes: disk.make_room(num_bytes, paid))
-                return await _evaluate(ports, entrant, job, block)
-    except OSError as error:
-        raise Unavailable("disk", str(error)) from None
-
-
-async def _fixed_text(ports: Ports, wanted: FixedTokenizer | None) -> FixedText | None:
-    """The competition's tokenizer, for a model that is read through it. No miner is at fault where it is wrong."""
-    try:
-        return await asyncio.to_thread(ports.tokenizer, wanted) if wanted else None
-    except Rejected as error:
-        raise Unavailable("the competition's tokenizer", str(error)) from None
-
-
-def _throw_away(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-async def _fetch(ports: Ports, entrant: Entrant, folder: Path, block: int, room: Callable[[int], object]) -> None:
-    """The model's verified files in their folder, one a content: two commitments of one content share it."""
-    received, cancelled = 0, threading.Event()
-
-    def count(num_bytes: int) -> None:
-        nonlocal received
-        received += num_bytes
-        if cancelled.is_set():  # a thread cannot be stopped from outside: it stops itself at the next piece
-            raise Unavailable("download", "the validator is stopping")
-
-    machine, listed = ports.machine, _listed(ports, entrant.commitment, block)
-    bring = partial(
-        fetch, ports.hub, entrant.listing, folder,
-        only=checkpoint.is_content, deadline_s=machine.download_deadline_s, silence_s=machine.silence_s,
-        progress=count, room=room, say=warn,
-    )  # fmt: skip
-    try:
-        await asyncio.to_thread(listed, bring)
-    finally:
-        cancelled.set()
-    what = f"{received:,} bytes downloaded, every file's hash checked" if received else "the files are here already"
-    tell("fetched", what, hotkey=entrant.commitment.hotkey, bytes=received)
-
-
-async def _evaluate(ports: Ports, entrant: Entrant, job: Job, block: int) -> Evaluated:
-    """What the child found. A failure that may be the model's is tried once more: at once, or in the next round if it is one
-    of time.
-
-    Before the model is blamed, a model of our own must pass on this machine. Raises Rejected, or Unavailable when it is
-    the machine that fails, FileChanged among it.
-    """
-    machine, memory, commitment = ports.machine, memory_needed(entrant.facts, job.max_tokens), entrant.commitment
-    while True:
-        try:
-            found = await evaluate(job, deadline_s=machine.evaluation_deadline_s, memory_bytes=memory, work_dir=machine.work_dir)
-        except (ChildEnded, Rejected) as error:
-            if not _may_be_the_models(error, job):
-                raise
-            warn("retry", str(error), hotkey=commitment.hotkey)
-            await self_test(device=machine.device, dtype=machine.dtype, threads=machine.threads, work_dir=machine.work_dir)
-            tries = ports.store.count_failure(commitment)
-            if tries < 2 and isinstance(error, ChildEnded) and error.ending in _SLOW:
-                _note_that_it_is_over(ports, commitment, block)
-                raise _NextRound(error.what, f"{error.why}; tried once more in the next round") from None
-            if tries < 2:
-                continue
-            raise _blame(error, machine) if isinstance(error, ChildEnded) else error from None
-        ports.store.forget_failures(commitment)
-        moved = f"later tokens move a logit by {found.probes.influence:.1g}, {found.probes.tolerance:.1g} is allowed"
-        tell("probed", f"the same bits each time; {moved}", hotkey=commitment.hotkey, tensors=found.tensor_digest)
-        return found
-
-
-def _may_be_the_models(error: ChildEnded | Rejected, job: Job) -> bool:
-    """Whether a failed evaluation can be the model's fault and the machine's. A plain refusal is the model's alone; a full or
-    broken GPU or disk is ours alone, as is a tokenizer that is not the model's."""
-    if isinstance(error, Rejected):
-        return error.reason in _MAY_BE_OURS
-    return error.ending not in _NEVER_THE_MODELS and (job.own_tokenizer or error.ending is not Ending.TOKENIZER)
-
-
-def _note_that_it_is_over(ports: Ports, commitment: Commitment, block: int) -> None:
-    row = Unanswered(commitment.hotkey, str(commitment.model), block, placed=True, over=True)
-    ports.store.keep_unanswered([row], forget_before=block - EXCUSED_BLOCKS)
-
-
-def _unless_it_is_over(ports: Ports, commitment: Commitment, block: int) -> None:
-    """A round that waits for others is tried again and again; a slow model gets one try in it. Raises Unavailable."""
-    if any(row.over for row in ports.store.unanswered(since=block, before=block + 1, model=commitment.model)):
-        raise _NextRound("evaluation", "it took too long in this round; tried once more in the next round")
-
-
-def _blame(error: ChildEnded, machine: Machine) -> Rejected:
-    """What an evaluation that ended twice without a result says about the model."""
-    if error.ending is Ending.TOKENIZER:
-        return Rejected(Reason.TOKENIZER, error.why, "texts that are read in time")
-    if error.ending in (Ending.DEADLINE, Ending.CPU_TIME):
-        return Rejected(Reason.DEADLINE, error.why, f"{machine.evaluation_deadline_s:g} s")
-    return Rejected(Reason.CRASHED, error.why, "a result")
 
 
 def refused(hotkey: str, competition: str, block: int, model: str, error: Rejected) -> Outcome:

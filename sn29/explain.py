@@ -71,6 +71,9 @@ class Passage:
     block: int
     outcome: Outcome
     num_samples: int = 0
+    """Samples that it was measured on."""
+    stopped: str = ""
+    """Why those are not all samples of the window; empty: they are."""
     unscored: tuple[str, ...] = ()
     """Why samples could not be scored, one reason for each of them."""
     nats_per_sample: float = math.nan
@@ -91,14 +94,16 @@ class Prospect:
     lost_to: Comparison | None
     """None when it is the holder itself, or when no sample was scored by both."""
     improvement: float | None
-    """Smallest improvement of all losses, 0..1, with which a new model would win; None when none up to 50 % would, and for a
-    near copy, which stays one however it is scaled."""
+    """Smallest improvement of all losses, 0..1, with which a new model would win; None when none up to 50 % would, for a near
+    copy, which stays one however it is scaled, and for who was stopped, whose other losses nobody knows."""
     wins_at: int | None
     """Block from which the shrunken advantage alone is enough; None: never."""
     why_never: str = ""
     wins_by_evidence: int | None = None
     """Under a rule that adds up evidence: block of the window in which it wins if every window to come looks like this
     one; None: not within LIKE_THIS windows, or the rule remembers nothing."""
+    stopped: str = ""
+    """Why it was measured on some of the samples only; empty: it was on all of them."""
 
 
 # --- passages ---------------------------------------------------------------------------------------------------------
@@ -121,7 +126,7 @@ def _passage(record: RoundRecord, outcome: Outcome) -> Passage:
     scored = [x for x in model.losses if math.isfinite(x)]
     order = [s.hotkey for s in _best_first(kept.scores)]
     return Passage(
-        block, outcome, len(model.losses), model.unscored, math.fsum(scored) / len(scored) if scored else math.inf,
+        block, outcome, len(model.losses), model.stopped, model.unscored, math.fsum(scored) / len(scored) if scored else math.inf,
         next((s for s in kept.scores if s.hotkey == outcome.hotkey), None),
         order.index(outcome.hotkey) + 1 if outcome.hotkey in order else 0, len(order), weight, mechanism,
     )  # fmt: skip
@@ -148,8 +153,9 @@ def prospect(name: str, kept: CompetitionRecord, hotkey: str) -> Prospect | None
     why = "" if wins_at is not None else _why_never(contest, hotkey, holder)
     better = lost_to is not None and lost_to.kind == DUEL and lost_to.mean < 0 and not lost_to.near_copy
     by_evidence = first_win_by_evidence(contest, hotkey) if better else None
-    copies = lost_to is not None and lost_to.near_copy
-    return Prospect(holder, lost_to, None if copies else least_improvement(contest, hotkey), wins_at, why, by_evidence)
+    copies, stopped = lost_to is not None and lost_to.near_copy, next(m.stopped for m in kept.models if m.hotkey == hotkey)
+    improvement = None if copies or stopped else least_improvement(contest, hotkey)
+    return Prospect(holder, lost_to, improvement, wins_at, why, by_evidence, stopped)
 
 
 def least_improvement(contest: Contest, hotkey: str) -> float | None:
@@ -228,7 +234,7 @@ def _duel(scored: Scored, hotkey: str, holder: str) -> Comparison | None:
 
 
 def _normal(kept: CompetitionRecord, hotkey: str, holder: str) -> Comparison | None:
-    pairs = zip(kept.losses[hotkey], kept.losses.get(holder, ()), strict=holder in kept.losses)
+    pairs = zip(kept.losses[hotkey], kept.losses.get(holder, ()), strict=False)  # who was stopped has fewer
     ratios = [math.log(a / b) for a, b in pairs if 0 < a < math.inf and 0 < b < math.inf]
     if len(ratios) < 2:
         return None
@@ -290,6 +296,7 @@ def _told(story: Sequence[Passage]) -> list[str]:
 
 def _told_evaluated(p: Passage) -> list[str]:
     lines = [f"  evaluated on {p.num_samples:,} samples, {p.nats_per_sample:.2f} nats a sample"]
+    lines += [f"  {p.stopped}"] if p.stopped else []
     if p.unscored:
         reasons = ", ".join(f"{p.unscored.count(r)} {r or 'cannot be scored'}" for r in dict.fromkeys(p.unscored))
         lines.append(f"  {len(p.unscored):,} of them could not be scored: {reasons}")
@@ -328,6 +335,8 @@ def _told_prospect(record: RoundRecord, name: str, kept: CompetitionRecord, p: P
         lines.append(
             f"  would win today: a new model whose losses are {_percent(p.improvement)} lower than this one's on every sample"
         )
+    elif p.stopped:
+        lines.append("  what would win today is not known: it was not measured on all samples")
     elif p.lost_to is None or not p.lost_to.near_copy:
         lines.append(f"  no improvement of all losses up to {MOST_IMPROVEMENT:.0%} would win today")
     if p.wins_by_evidence is not None:

@@ -335,10 +335,11 @@ class Score:
     wins: float
     """`oldest_holder`: groups of samples won, under the advantage of earlier commitments. `pairwise_epsilon`: matches
     won against the other competitive models. `champion`: samples on which no other model's loss is lower (of equal
-    ones the oldest commitment's, near copies left out); it decides nothing there."""
+    ones the oldest commitment's, near copies left out, of who was stopped only what was measured); it decides nothing there."""
     win_rate: float
     """Wins over what could be won: groups, matches or samples that somebody was scored on. Under `oldest_holder` and
-    `champion` all scores of a round sum to 1, or to 0 when nobody won."""
+    `champion` all scores of a round sum to 1, or to 0 when nobody won; not where somebody was stopped, whose rate is over the
+    samples that it was measured on."""
     win_rate_without_advantage: float
     """The same without any advantage of earlier commitments; under `champion` equal to `win_rate`, which has none."""
     advantage: float

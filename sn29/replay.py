@@ -36,7 +36,8 @@ from sn29.rules.decision import Contest, Decision, decide
 from sn29.rules.fields import validate
 from sn29.rules.schedule import CompetitionFile, in_force, rules_for
 from sn29.rules.scoring import Memory, Scored
-from sn29.rules.scoring_fields import OldestHolder
+from sn29.rules.scoring_fields import Champion, OldestHolder
+from sn29.rules.sequential import Bar, bar_of, hopeless, portions
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +147,11 @@ def recompute(record: RoundRecord) -> Decision:
 
 
 def compare(record: RoundRecord, decision: Decision) -> Difference | None:
-    """The first thing that a decision has otherwise than the record, scores before weights; None: the same bits."""
+    """The first thing that a decision has otherwise than the record, stops before scores before weights; None: the same bits."""
     for name, kept in sorted(record.competitions.items()):
+        wrongly = _wrong_stop(name, kept)
+        if wrongly:
+            return wrongly
         scored = decision.scored[name]
         now = replace(
             kept,
@@ -164,6 +168,27 @@ def compare(record: RoundRecord, decision: Decision) -> Difference | None:
         if found:
             return found
     return first_difference(_as_json(record.weights), _as_json(decision.weights), "weights")
+
+
+def _wrong_stop(name: str, kept: CompetitionRecord) -> Difference | None:
+    """A model whose measuring ended where the rule does not end it. To measure further than one must is no harm."""
+    stopped = [m for m in kept.models if m.stopped]
+    bar = _bar(contest_of(name, kept)) if stopped else None
+    for m in stopped:
+        stop = hopeless(bar, m.hotkey, m.losses, kept.losses[bar.holder]) if bar and m.hotkey != bar.holder else None
+        if stop is None or len(m.losses) not in portions(len(kept.samples)):
+            return Difference(f"{name}: {m.hotkey}", m.stopped, f"no reason to stop after {len(m.losses):,} samples")
+    return None
+
+
+def _bar(contest: Contest) -> Bar | None:
+    """What its challengers were held against; None when nobody may have been stopped."""
+    rule = contest.competition.scoring
+    if not isinstance(rule, Champion):
+        return None
+    bar = bar_of(rule, contest.memory, contest.entries, contest.window.seed.block)
+    most = max(map(len, contest.losses.values()), default=0)
+    return bar if bar and len(contest.losses.get(bar.holder, ())) == most else None
 
 
 def _as_json(weights: Mapping[int, Weights]) -> Json:
@@ -186,7 +211,8 @@ def what_if(record: RoundRecord, change: Change, hall_of_fame: HallOfFame | None
     """Scores and weights under other competitions.
 
     A rule's memory of earlier rounds is kept unless the competition changes its rule: a new rule starts with none. The
-    samples stay the recorded ones, whatever the other competition says of samples.
+    samples stay the recorded ones, whatever the other competition says of samples. Who was stopped then was not measured on
+    all of them: a rule that compares all samples cannot score it.
     """
     contests: dict[str, Contest] = {}
     refused: dict[str, Rejected] = {}
@@ -194,11 +220,23 @@ def what_if(record: RoundRecord, change: Change, hall_of_fame: HallOfFame | None
         recorded = contest_of(name, kept)
         asked = change(kept, recorded.competition)
         if asked is not None:
+            asked = _comparable(kept, asked)
             contests[name] = changed(recorded, asked)
             refused.update(asked.refused)
     hall = hall_of_fame if hall_of_fame is not None else hall_of_fame_of(record)
     decision = decide(contests, hall, record.last_weights, record.head.block, record.registered)
     return Alternative(decision, refused)
+
+
+def _comparable(kept: CompetitionRecord, asked: Changed) -> Changed:
+    """Without those who were stopped, where the rule asked for cannot score them."""
+    rule = asked.competition.scoring
+    if isinstance(rule, Champion):
+        return asked
+    limit = f"losses on all {len(kept.samples):,}, which {rule.rule} compares"
+    counts = {m.hotkey: f"losses on {len(m.losses):,} samples" for m in kept.models if m.stopped}
+    stopped = {hotkey: Rejected(Reason.RECORD, count, limit, hotkey) for hotkey, count in counts.items()}
+    return replace(asked, refused={**stopped, **asked.refused})
 
 
 def changed(recorded: Contest, asked: Changed) -> Contest:
@@ -299,7 +337,7 @@ def simulate(records: Iterable[RoundRecord], file: CompetitionFile) -> Iterator[
             left = None
         kept = record.competitions[name]
         contests = contests_of(record)
-        asked = from_file(file, kept)
+        asked = _comparable(kept, from_file(file, kept))
         contest = changed(contests[name], asked)
         if left is not None:
             contest = replace(contest, memory=left.memory(kept.window.index))

@@ -36,17 +36,15 @@ from sn29.examination import (
     EXCUSED_BLOCKS,
     SOFTWARE,
     Entrant,
-    Measured,
     Ports,
     Rules,
     inspect,
-    measure,
     outcome_of,
     put_off,
     refused,
     say_refused,
-    tokenizer_id_of,
 )
+from sn29.measurement import Against, Measured, Turn, measure, tokenizer_id_of
 from sn29.models import fingerprint
 from sn29.models.checkpoint import digest
 from sn29.models.disk import Disk
@@ -72,6 +70,7 @@ from sn29.rules.selection import (
     select,
     top_miners,
 )
+from sn29.rules.sequential import Bar, bar_of, measuring_order, settled_before
 from sn29.store import Standing, Unanswered
 from sn29.telemetry import bug, tell
 
@@ -533,6 +532,8 @@ async def _try(
     duels = _open_duels(competition, window, memory, entries)
     needed = {d.holder: d.needed for d in duels}
     copies, far = known_copies(memory, entries), out_of_reach(duels, entries, needed)
+    bar = _bar(competition, window, memory, entries)
+    settled = settled_before(bar, entries, sum(samples_per_dataset(competition))) if bar else {}
     choice = choose(
         owners,
         competition.pool,
@@ -540,23 +541,57 @@ async def _try(
         _last_tried(ports, plan, competition.name),
         challenging=[d.challenger for d in sorted(duels, key=lambda d: (d.high, d.challenger))],
         favoured=favoured,
-        resting=far | copies.keys(),
+        resting=far | copies.keys() | settled.keys(),
     )
     say_refused([*admitted.outcomes, *(outcome_of(r) for r in known.refused_of(competition))])
     samples, revisions = await asyncio.to_thread(_draw, ports, competition, window)
     tell("samples", f"{competition.name}: {len(samples)} samples drawn by the hash of block {window.seed.block}")
-    paid = _paid(before)
-    measured = {c: await _measure(ports, competition, mine[c], samples, plan.block, paid) for c in choice.chosen}
-    waiting = {c: _waiting(c, copies.get(c.hotkey), out_of_reach=c.hotkey in far) for c in choice.waiting}
+    chosen = [mine[c] for c in choice.chosen]
+    measured = await _measure_all(ports, plan, admitted, chosen, samples, _paid(before), bar)
+    why = {h: str(stop) for h, stop in settled.items()} | dict.fromkeys(far, _OUT_OF_REACH)
+    waiting = {c: _waiting(c, copies.get(c.hotkey), why.get(c.hotkey, "")) for c in choice.waiting}
     return Tried(admitted, memory, samples, revisions, measured, waiting)
 
 
+async def _measure_all(
+    ports: Ports,
+    plan: Plan,
+    admitted: Admitted,
+    entrants: Sequence[Entrant],
+    samples: tuple[Sample, ...],
+    paid: Collection[str],
+    bar: Bar | None,
+) -> dict[Commitment, Measured]:
+    """The crown's holder first, and the others against it; without its losses everybody is measured in full."""
+    turn, against = Turn.of(ports.evaluator.slots), None
+
+    async def one(entrant: Entrant) -> Measured:
+        return await _measure(ports, admitted.competition, entrant, samples, plan.block, paid, against, turn)
+
+    found = {}
+    holder = next((e for e in entrants if bar and e.commitment.hotkey == bar.holder), None)
+    if bar is not None and holder is not None:
+        found[holder.commitment] = measured = await one(holder)
+        if len(measured.losses) == len(samples):
+            against = Against(bar, tuple(loss.nats for loss in measured.losses))
+    others = [e for e in entrants if e is not holder]
+    found |= dict(zip([e.commitment for e in others], await asyncio.gather(*map(one, others)), strict=True))
+    return {e.commitment: found[e.commitment] for e in entrants}
+
+
 async def _measure(
-    ports: Ports, competition: Competition, entrant: Entrant, samples: tuple[Sample, ...], block: int, paid: Collection[str]
+    ports: Ports,
+    competition: Competition,
+    entrant: Entrant,
+    samples: tuple[Sample, ...],
+    block: int,
+    paid: Collection[str],
+    against: Against | None,
+    turn: Turn,
 ) -> Measured:
     """`measure`; a bug that one stranger's model brings up must not stop all the others."""
     try:
-        return await measure(ports, competition, entrant, samples, block, paid)
+        return await measure(ports, competition, entrant, samples, block, paid, against, turn)
     except Exception as error:  # noqa: BLE001
         bug(f"measuring {entrant.commitment.hotkey} failed")
         return Measured(put_off(entrant.commitment, Unavailable("evaluation", type(error).__name__)))
@@ -572,6 +607,9 @@ def _paid(before: RoundRecord | None) -> frozenset[str]:
 def _judge(tried: Tried, known: Known) -> Judged:
     """What is scored of a competition's models, now that it is known which of them are copies."""
     admitted, competition = tried.admitted, tried.admitted.competition
+    holder = tried.memory.holder
+    if holder and holder.hotkey in known.copies and any(m.stopped for m in tried.measured.values()):
+        raise Unavailable(competition.name, "models were stopped against a holder that turned out to be a copy: judged again")
     mine = {e.commitment: e for e in admitted.entrants}
     outcomes = [*admitted.outcomes, *(outcome_of(r) for r in known.refused_of(competition))]
     unclear = Unavailable("inspection", "claimed before by somebody who lost the claim: looked at again")
@@ -604,6 +642,12 @@ def _open_duels(competition: Competition, window: Window, memory: Memory, entrie
     return open_duels(rule, memory, entries, window.seed.block) if isinstance(rule, Champion) else ()
 
 
+def _bar(competition: Competition, window: Window, memory: Memory, entries: Mapping[str, Entry]) -> Bar | None:
+    """What the crown's challengers are held against in this window; nothing under a rule without a crown."""
+    rule = competition.scoring
+    return bar_of(rule, memory, entries, window.seed.block) if isinstance(rule, Champion) else None
+
+
 def _entry(commitment: Commitment, entrant: Entrant, claims: FirstClaims) -> Entry:
     """Since when the hotkey claims this content: committing to the same content again makes nobody younger."""
     content = entrant.facts.content_id
@@ -621,6 +665,7 @@ def _model_record(competition: Competition, entrant: Entrant, measured: Measured
         tokenizer_id=tokenizer_id_of(competition, entrant),
         num_tokens=sum(x.num_tokens for x in losses if math.isfinite(x.nats)),
         losses=tuple(x.nats for x in losses),
+        stopped=measured.stopped,
         unscored=tuple(x.reason for x in losses if not math.isfinite(x.nats)),
     )
 
@@ -655,15 +700,21 @@ def _draw(ports: Ports, competition: Competition, window: Window) -> tuple[tuple
         )  # fmt: skip
         found.update({s.id: s for s in drawn})
         revisions[f"{index} {source.hub if isinstance(source, HubDataset) else source.folder}"] = data.revision
-    return tuple(found.values()), revisions
+    rule, drawn_order = competition.scoring, tuple(found.values())
+    if not isinstance(rule, Champion) or rule.stop_error_rate == 0:
+        return drawn_order, revisions
+    return tuple(drawn_order[place] for place in measuring_order(window, len(drawn_order))), revisions
 
 
-def _waiting(c: Commitment, copy_of: str | None, *, out_of_reach: bool) -> Outcome:
+_OUT_OF_REACH = "no further sample could win today; measured again when the holder's advantage has decayed"
+
+
+def _waiting(c: Commitment, copy_of: str | None, no_use: str) -> Outcome:
     reason, why = "waiting", "no place under evaluation in this round"
     if copy_of is not None:
         reason, why = "near_copy", f"was measured to be a near copy of {copy_of}'s earlier model, so it is not measured again"
-    elif out_of_reach:
-        reason, why = "out_of_reach", "no further sample could win today; measured again when the holder's advantage has decayed"
+    elif no_use:
+        reason, why = "out_of_reach", no_use
     return Outcome(c.hotkey, c.competition, c.block, "waiting", str(c.model), reason=reason, detail=why)
 
 

@@ -7,14 +7,16 @@ is named `<block>-<first 16 digits of the address>.json` (`record_files`).
 Losses stand in the JSON itself. 10 models x 1,500 samples are 381 kB: 275 kB of losses, 88 kB of sample ids and sizes, the
 rest 18 kB. As float64 in an .npy file beside it the losses would be 120 kB. At 20 rounds a day the difference is 1.1 GB a year
 and competition: worth one file, one hash, and nothing to go astray. A loss of +inf (a sample that the model could not
-be scored on) is null, and the reasons stand beside them, one for each null, in order. NaN does not occur.
+be scored on) is null, and the reasons stand beside them, one for each null, in order. NaN does not occur. A model that was
+stopped before the end of the window has losses of the leading samples only, and says why (`rules.sequential`).
 
-The fields of the JSON are the fields of the frozen records below; `RoundRecord` adds "schema": 4. What the rules alone
+The fields of the JSON are the fields of the frozen records below; `RoundRecord` adds "schema": 5. What the rules alone
 understand is kept as the rules wrote it: a competition's parameters, the hall of fame, a scoring rule's memory and duels.
 
-Schema 3 knew a model by its files alone: its models have no `tensor_digest` and no `resembles`. Schema 2 knew no mechanisms
-either: it has one `weights`, and one `last_weights` or null, which are those of mechanism 0. Records of both are read, and are
-records of schema 4 from then on: `address` is that of the text of schema 4, while the name of a file of an older schema
+Schema 4 knew no stopping: its models have no `stopped`. Schema 3 knew a model by its files alone: its models have no
+`tensor_digest` and no `resembles` either. Schema 2 knew no mechanisms: it has one `weights`, and one `last_weights` or null,
+which are those of mechanism 0. Records of all three are read, and are records of schema 5 from then on: `address` is that of
+the text of schema 5, while the name of a file of an older schema
 carries, and is checked against, the sha256 of the text that stands in it.
 """
 
@@ -34,7 +36,9 @@ from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hint
 from sn29.errors import Reason, Rejected
 from sn29.records import Entry, Head, ModelFacts, Outcome, Score, Weights, Window
 
-SCHEMA = 4
+SCHEMA = 5
+_NEW_OF_MODELS: Mapping[int, Mapping[str, str]] = {4: {"tensor_digest": "", "resembles": ""}, 5: {"stopped": ""}}
+"""Fields of a model's record that a schema brought, with what they are in records of older ones."""
 MAX_BYTES = 64 * 2**20
 """Longest text that is read, in bytes: room for 3.4 million losses, 200 times a round of 10 models and 1,500 samples."""
 
@@ -69,7 +73,7 @@ class ModelRecord:
     """Tokens of all samples that were scored."""
     losses: tuple[Nats, ...] = ()
     """Summed nats of each sample, in the order of `CompetitionRecord.samples`; +inf where it could not be scored; empty
-    unless it was evaluated."""
+    unless it was evaluated. Of a model that was stopped: of the leading samples, those that were measured."""
     unscored: tuple[str, ...] = ()
     """Why, for each +inf in `losses`, in order."""
     tensor_digest: str = ""
@@ -77,6 +81,8 @@ class ModelRecord:
     the validator has never evaluated them."""
     resembles: str = ""
     """Hotkey of the earlier model whose weights look like its own (see `models.fingerprint`): it decides nothing."""
+    stopped: str = ""
+    """Why it was measured on the leading samples only; empty: on all of them, or not evaluated."""
 
     @property
     def hotkey(self) -> str:
@@ -100,7 +106,7 @@ class CompetitionRecord:
     datasets: Mapping[str, str]
     """Revision (Hub commit) that samples were drawn from, by data set; empty text for a folder of this machine."""
     samples: tuple[SampleRecord, ...]
-    """In the order in which they were drawn."""
+    """In the order in which they were measured: that of the draw, or `rules.sequential.measuring_order`."""
     models: tuple[ModelRecord, ...]
     """Everybody who committed to this competition: oldest commitment first, of one block the smaller hotkey first."""
     memory_before: Json
@@ -120,7 +126,9 @@ class CompetitionRecord:
             _refuse(", ".join(sorted(hotkeys)), "every hotkey once", f"{name}: models")
         for m in self.models:
             where, wanted = f"{name}: {m.hotkey}", len(self.samples) if m.evaluated else 0
-            if len(m.losses) != wanted:
+            if m.stopped and not 0 < len(m.losses) < wanted:
+                _refuse(f"{len(m.losses)} losses of who was stopped", f"1 to {wanted - 1} (status {m.outcome.status})", where)
+            if not m.stopped and len(m.losses) != wanted:
                 _refuse(f"{len(m.losses)} losses", f"{wanted} (status {m.outcome.status})", where)
             if m.evaluated and m.entry is None:
                 _refuse("no entry", "an entry of every model that was evaluated", where)
@@ -140,7 +148,7 @@ class CompetitionRecord:
 
     @property
     def losses(self) -> Mapping[str, tuple[float, ...]]:
-        """Of every model that was evaluated, by hotkey."""
+        """Of every model that was evaluated, by hotkey; a shorter row for who was stopped."""
         return {m.hotkey: m.losses for m in self.models if m.evaluated}
 
 
@@ -188,18 +196,20 @@ def encode(record: RoundRecord) -> bytes:
 
 
 def decode(text: bytes, where: str = "record") -> RoundRecord:
-    """From a text that `encode` could have written, of this schema or of schemas 2 and 3.
+    """From a text that `encode` could have written, of this schema or of schemas 2 to 4.
 
     Raises Rejected(RECORD) for any other, naming the field.
     """
     data = loads(text, where)
     schema = data.get("schema") if isinstance(data, dict) else None
     if type(schema) is not int or not 2 <= schema <= SCHEMA:
-        _refuse(f"schema {schema!r}", f"schema {SCHEMA}, 3 or 2", where)
+        _refuse(f"schema {schema!r}", f"schema 2 to {SCHEMA}", where)
     spelled = canonical(data)  # a JSON value has one text: if that is the text, the record has no other either
     del data["schema"]
     data = _from_2(data) if schema == 2 else data
-    record: RoundRecord = _read(RoundRecord, _from_3(data) if schema <= 3 else data, where)
+    for newer in range(schema + 1, SCHEMA + 1):
+        data = _with_models_of(newer, data)
+    record: RoundRecord = _read(RoundRecord, data, where)
     if spelled != text:
         _refuse("another spelling of the same record", "sorted keys, no spaces, shortest floats", where)
     return record
@@ -214,22 +224,21 @@ def _from_2(data: dict[str, Json]) -> dict[str, Json]:
     return changed
 
 
-def _from_3(data: dict[str, Json]) -> dict[str, Json]:
-    """The fields of schema 4. What is not as schema 3 has it is left for the reader to refuse."""
-    competitions = data.get("competitions")
+def _with_models_of(schema: int, data: dict[str, Json]) -> dict[str, Json]:
+    """The fields of a schema. What is not as the one before has it is left for the reader to refuse."""
+    competitions, new = data.get("competitions"), _NEW_OF_MODELS.get(schema, {})
     if not isinstance(competitions, dict):
         return data
-    return {**data, "competitions": {name: _with_digests(kept) for name, kept in competitions.items()}}
+    return {**data, "competitions": {name: _with_fields(kept, new, schema) for name, kept in competitions.items()}}
 
 
-def _with_digests(kept: Json) -> Json:
+def _with_fields(kept: Json, new: Mapping[str, str], schema: int) -> Json:
     if not isinstance(kept, dict) or not isinstance(kept.get("models"), list):
         return kept
-    new = {"tensor_digest": "", "resembles": ""}
     models = [m if isinstance(m, dict) else {} for m in kept["models"]]
     for name in new:
         if any(name in m for m in models):
-            _refuse(f"the field {name}", "the fields of schema 3", "record: models")
+            _refuse(f"the field {name}", f"the fields of schema {schema - 1}", "record: models")
     return {**kept, "models": [{**m, **new} for m in models]}
 
 

@@ -240,6 +240,10 @@ class ValidatorSettings(NeuronSettings):
     device: str = _flag("cpu", "device of the evaluation, e.g. cuda:0", "device")
     dtype: Literal["float32", "bfloat16"] = _flag("bfloat16", "number format of the evaluated models", "dtype")
     threads: int = _flag(max(1, (os.cpu_count() or 2) // 2), "CPU threads of one evaluation", "threads", ge=1)
+    evaluation_memory_gb: float = _flag(
+        0.0, "GB of the device that a model may take; a larger one is read layer by layer; 0 = all", "evaluation.memory", ge=0
+    )
+    fleet: str = _flag("", "evaluate on a Ray cluster: local:N, auto or HOST:PORT; empty = on this machine alone", "fleet")
     evaluation_deadline_s: float = _flag(900.0, "seconds after which an evaluation is stopped", "evaluation.deadline", ge=1)
     download_deadline_s: float = _flag(3600.0, "seconds after which a download is put off", "download.deadline", ge=1)
     rounds: int = _flag(0, "stop after this many rounds and one weight set; 0 = never", "rounds", ge=0)
@@ -354,6 +358,71 @@ class CheckSettings(_Settings):
         "models.gb", ge=0,
     )  # fmt: skip
     json_output: bool = _flag(False, "print the answer as JSON", "json")
+
+
+class BenchEvalSettings(_Settings):
+    """
+    Time the packed engine beside the plain twin and padded batches, in turns, on random weights. Exit 1: a goal of this
+    model, type and device is missed.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 bench eval")
+
+    model: str = _flag("llama-100k", "tiny, llama-100k, phi3-32k, phi-50k, llama-8k, 1.1b, phi3-3.8b or 6.9b", "model")
+    device: str = _flag("cpu", "cpu or cuda", "device")
+    dtype: str = _flag("bfloat16", "float32 or bfloat16", "dtype")
+    samples: int = _flag(8, "samples, of FineWeb-like lengths; few fill their rows badly", "samples")
+    max_tokens: int = _flag(4096, "tokens of the longest sample", "max-tokens")
+    times: int = _flag(5, "repetitions, whose median counts", "times")
+    threads: int = _flag(1, "CPU threads", "threads")
+    row_tokens: int = _flag(0, "tokens of a packed row; 0 = 1024 on a CPU, 8192 on CUDA", "row-tokens")
+    json_output: bool = _flag(False, "print everything as JSON", "json")
+
+
+class BenchStreamSettings(_Settings):
+    """
+    Time a model that is read layer by layer, because it is larger than the memory that it may use, beside plain reading of
+    its files. Exit 1: its losses are not those of the resident model, or a goal is missed.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 bench stream")
+
+    model: str = _flag("llama-8k", "a model of `sn29 bench eval`", "model")
+    device: str = _flag("cpu", "cpu or cuda", "device")
+    dtype: Literal["float32", "bfloat16"] = _flag("bfloat16", "number format", "dtype")
+    share: float = _flag(0.25, "memory that it may use, as a share of its weights; never less than it needs", "share", ge=0, le=1)
+    samples: int = _flag(1, "samples; few leave the disk the slower one", "samples", ge=1)
+    max_tokens: int = _flag(16, "tokens of the longest sample", "max-tokens", ge=1)
+    row_tokens: int = _flag(64, "tokens of a packed row", "row-tokens", ge=64)
+    times: int = _flag(5, "repetitions, whose median counts", "times", ge=1)
+    json_output: bool = _flag(False, "print everything as JSON", "json")
+
+
+class BenchStartSettings(_Settings):
+    """
+    Time a model's start in a child of its own, from the job to its first loss, beside plain reading of its weights and a
+    new interpreter's imports, in turns. Exit 1: it takes more than a second beyond the reading.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 bench start")
+
+    model: str = _flag("llama-8k", "a model of `sn29 bench eval`", "model")
+    times: int = _flag(5, "repetitions, whose median counts", "times", ge=1)
+    json_output: bool = _flag(False, "print everything as JSON", "json")
+
+
+class BenchScoreSettings(_Settings):
+    """
+    Time the scoring rules on one window beside a plain loop over samples and models, in turns, on one core. Exit 1: the
+    two disagree.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 bench score")
+
+    models: int = _flag(256, "models", "models", ge=2, le=1000)
+    samples: int = _flag(20_000, "samples of the window", "samples", ge=16)
+    times: int = _flag(5, "repetitions, whose median counts", "times", ge=1)
+    json_output: bool = _flag(False, "print everything as JSON", "json")
 
 
 class IncentiveSettings(_Settings):
@@ -492,6 +561,23 @@ class DoctorOfMiner(MinerSettings):
     only: tuple[str, ...] = _flag((), "only these checks, e.g. chain,clock", "doctor.only", "only")
     check_deadline_s: float = _flag(60.0, "seconds that one check may take", "doctor.deadline", ge=0.05)
     json_output: bool = _flag(False, "print the findings as JSON", "doctor.json", "json")
+
+
+class SequentialSettings(_Settings):
+    """
+    Play challengers of many qualities in full and with stopping, and print samples saved and who was stopped wrongly. Exit
+    1: a goal is missed.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 simulate sequential")
+
+    competition: str = _flag("c00", "competition whose rule is played with the fields of its file", "competition")
+    competitions_dir: Path = _flag(Path("competitions"), "folder of the competition files", "competitions.dir")
+    runs: int = _flag(100, "seasons of each challenger", "runs")
+    windows: int = _flag(12, "windows of a season", "windows")
+    samples: int = _flag(1500, "texts of a window", "samples")
+    seed: int = _flag(29, "seed of all worlds", "seed")
+    json_output: bool = _flag(False, "print everything as JSON", "json")
 
 
 # ---- where values come from ------------------------------------------------------------------------------------------

@@ -385,6 +385,12 @@ class Store:
         with self._transaction() as db:
             db.executemany("insert or replace into loss values (?, ?, ?, ?, ?, ?, ?)", rows)
 
+    def forget_losses(self, content_id: str, tokenizer_id: str, profile: str) -> None:
+        """Of a row that was found to be wrong."""
+        with self._transaction() as db:
+            key = (content_id, tokenizer_id, profile)
+            db.execute("delete from loss where content_id = ? and tokenizer_id = ? and profile = ?", key)
+
     def count_losses(self) -> int:
         return int(self._value("select count(*) from loss"))
 

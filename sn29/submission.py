@@ -27,10 +27,11 @@ from pathlib import Path
 
 from sn29.chain import Chain
 from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
-from sn29.evaluation.worker import Job, SeveralReasons, evaluate, memory_needed
+from sn29.evaluation.profile import ROW_TOKENS, Profile, Tiles
+from sn29.evaluation.worker import Here, Job, SeveralReasons, memory_needed
 from sn29.examination import FixedText as FixedText
-from sn29.examination import start_token_of, unfit
 from sn29.hub import Hub
+from sn29.measurement import start_token_of, unfit
 from sn29.models import checkpoint
 from sn29.models.checkpoint import Read
 from sn29.models.disk import Disk
@@ -106,13 +107,15 @@ async def check(
         dtype="bfloat16",
         device="cpu",
         threads=threads,
+        profile=Profile(ROW_TOKENS["cpu"], Tiles(256, min(4096, facts.vocab_size), compiled=False), "documents"),
         samples=tuple(Sample(f"{i:032x}", text) for i, text in enumerate(PROBES)),
         files=files,
         tokenizer_oid=fixed.oid if fixed else "",
         every_reason=True,
     )
     try:
-        found = await evaluate(job, deadline_s=deadline_s, memory_bytes=memory_needed(facts, 512))
+        async with Here() as here:
+            found = await here.evaluate(job, deadline_s=deadline_s, memory_bytes=memory_needed(facts, 512))
     except SeveralReasons as errors:
         return Checked(facts, (*checked.refusals, *errors.found))
     except Rejected as error:

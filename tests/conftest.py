@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from beacon import install
+
+from sn29.evaluation.probes import Probes
+from sn29.evaluation.worker import Chosen, Decide, Evaluated, Here, Job
 
 install()  # before any test imports bittensor
 
@@ -55,3 +60,49 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(path))
     return path
+
+
+T = TypeVar("T")
+
+
+class OnItsOwnLoop:
+    """`Here` for tests that each have an event loop of their own: one fork server a session, which takes 5 s to start."""
+
+    slots = 1
+
+    def __init__(self, work_dir: Path) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._here = Here(work_dir)
+
+    @property
+    def server_pid(self) -> int:
+        process = self._here._server._process
+        assert process is not None
+        return process.pid
+
+    async def _there(self, work: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    async def choose(self, vocab_size: int, *, device: str, dtype: str) -> Chosen:
+        return await self._there(self._here.choose(vocab_size, device=device, dtype=dtype))
+
+    async def evaluate(self, job: Job, *, deadline_s: float, memory_bytes: int, decide: Decide | None = None) -> Evaluated:
+        return await self._there(self._here.evaluate(job, deadline_s=deadline_s, memory_bytes=memory_bytes, decide=decide))
+
+    async def self_test(self, *, device: str, dtype: str, threads: int, deadline_s: float = 300) -> Probes:
+        return await self._there(self._here.self_test(device=device, dtype=dtype, threads=threads, deadline_s=deadline_s))
+
+    async def close(self) -> None:
+        await self._there(self._here.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+
+@pytest.fixture(scope="session")
+def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnItsOwnLoop]:
+    """What evaluates on this machine."""
+    found = OnItsOwnLoop(tmp_path_factory.mktemp("evaluations"))
+    yield found
+    asyncio.run(found.close())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -83,8 +85,9 @@ def round_record(
     others: Sequence[ModelRecord] = (),
     no_competition: Sequence[Outcome] = (),
     num_parameters: Mapping[str, int] | None = None,
+    stopped: Mapping[str, str] = MappingProxyType({}),
 ) -> RoundRecord:
-    """The round at `block` in which `table` was measured, following on `before`."""
+    """The round at `block` in which `table` was measured, following on `before`; `stopped` says why some rows are shorter."""
     competition, window = c00(rule), Window("c00", block // WINDOW, head(block))
     memory = memory_for(competition, window, before)
     entries = {hotkey: Entry(f"content of {hotkey}", commit_blocks[hotkey]) for hotkey in table}
@@ -92,10 +95,11 @@ def round_record(
     registered = sorted({*table, *(m.hotkey for m in others)})
     last = before.weights if before else {}
     decision = decide({"c00": contest}, NOBODY, last, block, registered)
-    num_samples = len(next(iter(table.values())))
+    num_samples = max(map(len, table.values()))
     samples = [SampleRecord(hashlib.sha256(f"{block} {i}".encode()).hexdigest()[:32], 1000 + i) for i in range(num_samples)]
     size = num_parameters or {}
-    models = [*(model(h, commit_blocks[h], row, size.get(h, 1_000_000)) for h, row in table.items()), *others]
+    models = [model(h, commit_blocks[h], row, size.get(h, 1_000_000)) for h, row in table.items()]
+    models = [*(replace(m, stopped=stopped.get(m.hotkey, "")) for m in models), *others]
     kept = competition_record(
         contest, decision.scored["c00"], file_sha256=hashlib.sha256(c00_text(rule).encode()).hexdigest(),
         datasets={"HuggingFaceFW/fineweb-edu-score-2": "c" * 40}, samples=samples, models=models,

@@ -39,6 +39,7 @@ PARTS = {
     "sn29.training": "numbers",
     "sn29.lab": "numbers",
     "sn29.examination": "stories",
+    "sn29.measurement": "stories",
     "sn29.round": "stories",
     "sn29.publication": "stories",
     "sn29.replay": "stories",
@@ -46,6 +47,7 @@ PARTS = {
     "sn29.explain": "stories",
     "sn29.submission": "stories",
     "sn29.incentive": "stories",
+    "sn29.stopping": "stories",
     "sn29.localnet": "localnet",
     "sn29.report": "report",
     "sn29.cli": "cli",
@@ -53,6 +55,10 @@ PARTS = {
     "sn29.doctor": "cli",
     "sn29.competition_commands": "cli",
     "sn29.check_command": "cli",
+    "sn29.bench_eval_command": "cli",
+    "sn29.bench_score_command": "cli",
+    "sn29.bench_start_command": "cli",
+    "sn29.bench_stream_command": "cli",
     "sn29.__main__": "cli",
     "neurons": "neurons",
 }
@@ -89,6 +95,7 @@ OWNERS = {
     "loguru": {"sn29/telemetry.py"},
     "pydantic_settings": {"sn29/settings.py", "sn29/localnet/mischief.py"},
     "httpx2": {"sn29/hub.py"},
+    "ray": {"sn29/evaluation/fleet.py"},
     "matplotlib": {"sn29/report/pictures.py", "sn29/incentive.py"},
 }
 
@@ -104,7 +111,7 @@ LONG_FUNCTIONS: dict[str, str] = {}
 
 # Places that may catch everything: the outermost loops of the two programs, and the child process that runs strangers'
 # models.
-MAY_CATCH_ALL = {"neurons/validator.py", "sn29/round.py"}
+MAY_CATCH_ALL = {"neurons/validator.py", "sn29/round.py", "sn29/evaluation/forkserver.py"}
 
 
 @dataclass(frozen=True)

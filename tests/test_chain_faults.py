@@ -311,7 +311,7 @@ def test_a_frozen_endpoint_is_left_and_what_is_final_never_goes_back(make_net: M
                 assert step is Step.STANDS
                 assert await chain.weights(chain.hotkey) == {miner: 1.0}
                 files = parse_texts({"c00.yaml": ROUND_RULES})
-                ports: Any = Ports(chain, None, store, None, None, None)  # type: ignore[arg-type]  # no models are looked at
+                ports: Any = Ports(chain, None, store, None, None, None, None)  # type: ignore[arg-type]  # no models are looked at
                 rules, plan = Rules(files.files, files.hall_of_fame, files.hashes), None
                 while plan is None:  # on a quick machine no window is open yet
                     plan = await plan_round(ports, rules, catch_up=1)

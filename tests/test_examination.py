@@ -10,33 +10,33 @@ import signal
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import OnItsOwnLoop
 from loguru import logger
 
 from neurons.adapters import NOBODY, Tokenizers
 from sn29 import telemetry
 from sn29.errors import Reason, Rejected
-from sn29.evaluation.worker import ChildEnded, Ending, Job
+from sn29.evaluation.profile import Profile, Tiles
+from sn29.evaluation.worker import ChildEnded, Ending, Evaluator, Job
 from sn29.examination import (
     Entrant,
     FixedText,
     Machine,
-    Measured,
     Ports,
     Rules,
-    _blame,
-    _may_be_the_models,
     inspect,
-    measure,
 )
 from sn29.hub import Hub
 from sn29.localnet.http_exchange import Wire
 from sn29.localnet.hub import LoopbackHub
 from sn29.localnet.hub_faults import Change, Fault
+from sn29.measurement import Measured, _blame, _may_be_the_models, measure
 from sn29.models import checkpoint, fingerprint
 from sn29.models.disk import Disk
 from sn29.models.tokenizer import Tokenizer
@@ -62,8 +62,8 @@ SAMPLES = (Sample("0" * 32, "the text about the sea"), Sample("1" * 32, "the the
 class Site:
     """A Hub, its miners, and a validator that looks at them."""
 
-    def __init__(self, folder: Path, server: LoopbackHub) -> None:
-        self.folder, self.server = folder, server
+    def __init__(self, folder: Path, server: LoopbackHub, evaluator: Evaluator) -> None:
+        self.folder, self.server, self.evaluator = folder, server, evaluator
         self.rules = Rules({"c00": parse_file("c00", RULES)}, NOBODY, {"c00": "0"})
         self.competition = in_force(self.rules.files["c00"], 1000)
         self.ports = self.validator("state")
@@ -73,7 +73,7 @@ class Site:
         plain = Machine(folder / "models", folder / "records", "cpu", "float32", 1, 120, 60)
         hub = Hub(self.server.endpoint, timeout_s=2, attempts=2, pause_s=0.05, say=telemetry.warn)
         unused: Any = None
-        return Ports(unused, hub, Store(folder / "store.db"), unused, unused, replace(plain, **machine))
+        return Ports(unused, hub, Store(folder / "store.db"), unused, unused, replace(plain, **machine), self.evaluator)
 
     def publish(self, name: str, model: Path, block: int = 100) -> Commitment:
         hub = Hub(self.server.endpoint, token=self.server.add_user(name))
@@ -101,9 +101,9 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+def site(tmp_path: Path, evaluator: Evaluator) -> Iterator[Site]:
     with LoopbackHub(tmp_path / "hub") as server:
-        site = Site(tmp_path, server)
+        site = Site(tmp_path, server, evaluator)
         yield site
         site.ports.store.close()
 
@@ -372,14 +372,16 @@ def test_models_that_earn_nothing_make_room_longest_unused_first_and_one_that_is
 def test_a_child_that_is_killed_from_outside_is_not_the_models_fault(site, model):
     """Somebody (the kernel, when memory is short) kills each child as soon as it is there."""
     entrant = site.entrant(site.publish("ann", model(1)))
+    asyncio.run(site.evaluator.choose(300, device="cpu", dtype="float32"))  # the server is there
     for _ in range(3):
 
         async def story() -> Measured:
             task = asyncio.create_task(measure(site.ports, site.competition, entrant, SAMPLES, 1000))
             while not task.done():
-                for pid in _children():
-                    os.kill(pid, signal.SIGKILL)
-                await asyncio.sleep(0.02)
+                for pid in _children(site.evaluator.server_pid):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                await asyncio.sleep(0.005)
             return task.result()
 
         found = asyncio.run(story())
@@ -388,14 +390,9 @@ def test_a_child_that_is_killed_from_outside_is_not_the_models_fault(site, model
     assert isinstance(site.look(entrant.commitment), Entrant)
 
 
-def _children() -> list[int]:
-    """Evaluations that this process has started and that run their own program by now."""
-    found = []
-    for task in Path("/proc/self/task").iterdir():
-        for pid in map(int, (task / "children").read_text().split()):
-            if b"sn29.evaluation.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-    return found
+def _children(server_pid: int) -> list[int]:
+    """Evaluations that are running."""
+    return [int(pid) for pid in Path(f"/proc/{server_pid}/task/{server_pid}/children").read_text().split()]
 
 
 @pytest.mark.parametrize(
@@ -406,7 +403,8 @@ def _children() -> list[int]:
      (Ending.MACHINE, None)],
 )  # fmt: skip
 def test_how_an_evaluation_ends_twice_says_why_a_model_is_refused_or_that_it_is_not(site, ending, reason):
-    own = Job("/model", "/model/tokenizer.json", 1, 50, "float32", "cpu", 1, ())
+    way = Profile(256, Tiles(64, 128, compiled=False), "documents")
+    own = Job("/model", "/model/tokenizer.json", 1, 50, "float32", "cpu", 1, way, ())
     shared = replace(own, tokenizer="/elsewhere/tokenizer.json")
     ended = ChildEnded(ending, "the last line")
     assert _may_be_the_models(ended, own) == (reason is not None)
@@ -420,10 +418,10 @@ def test_how_an_evaluation_ends_twice_says_why_a_model_is_refused_or_that_it_is_
 def test_a_model_that_is_too_slow_has_its_second_try_in_the_next_round(site, model, events):
     """Whatever else runs on this machine now may have ended by then. A round that waits for others is no next round."""
     entrant = site.entrant(site.publish("ann", model(1)))
-    slow = replace(site.ports, machine=replace(site.ports.machine, evaluation_deadline_s=0.2))
+    slow = replace(site.ports, machine=replace(site.ports.machine, evaluation_deadline_s=0.005))
     first = site.measure(entrant, slow)
     assert (first.outcome.status, first.is_over) == ("unavailable", True)
-    assert "0.2 s" in first.outcome.detail
+    assert "0.005 s" in first.outcome.detail
     assert "next round" in first.outcome.detail
     again = site.measure(entrant, slow)
     assert (again.outcome.status, again.is_over) == ("unavailable", True)
@@ -474,15 +472,18 @@ NO_ROOM = "raise RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB. P
 
 
 @pytest.fixture
-def spoil(tmp_path, monkeypatch):
+def spoil(site, tmp_path, monkeypatch):
     """spoil(head sizes, what attention does) -> from here on in every child: as a library or a machine that fails would."""
+    spoiled = OnItsOwnLoop(tmp_path / "evaluations")
 
     def put(heads: tuple[int, ...], what: str) -> None:
         (tmp_path / "spoiled").mkdir(exist_ok=True)
         (tmp_path / "spoiled" / "sitecustomize.py").write_text(SPOILED % (heads, what))
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'spoiled'}{os.pathsep}{Path(__file__).parents[1]}")
+        site.ports = replace(site.ports, evaluator=spoiled)
 
-    return put
+    yield put
+    asyncio.run(spoiled.close())
 
 
 @pytest.mark.parametrize(

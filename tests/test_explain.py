@@ -194,6 +194,22 @@ def test_the_timeline_from_refused_to_evaluated() -> None:
     json.dumps(data, allow_nan=False)
 
 
+def test_who_was_stopped_reads_when_and_why() -> None:
+    first = one("champion", 200, ann=(0.0, 0.01))
+    table = recorded.losses(200, 6, ann=(0.0, 0.01), bob=(0.05, 0.01))
+    short = {**table, "bob": table["bob"][:32]}
+    why = "stopped after 32 of 200 samples: its losses are 5.00% higher"
+    second = recorded.round_record(7920, short, {"ann": 7000, "bob": 7700}, rule="champion", before=first, stopped={"bob": why})
+    lines, data = explain([first, second], "bob")
+    said = "\n".join(lines)
+    assert f"evaluated on 32 samples, {math.fsum(short['bob']) / 32:.2f} nats a sample\n  {why}\n" in said
+    assert "lost to ann: on 32 samples its losses are" in said
+    assert "what would win today is not known: it was not measured on all samples" in said
+    assert "would win today: a new model" not in said
+    assert data["rounds"][0]["stopped"] == data["prospects"]["c00"]["stopped"] == why
+    assert "stopped" not in text(second, "ann")
+
+
 def test_the_holder_and_a_stranger() -> None:
     record = one("oldest_holder", ann=(0.0, 0.01), bob=(0.01, 0.01))
     assert "it has the largest weight" in text(record, "ann")

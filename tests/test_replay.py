@@ -15,13 +15,16 @@ import recorded
 from sn29 import record_files, replay
 from sn29.audit import audit
 from sn29.errors import Reason, Rejected
-from sn29.records import Weights
+from sn29.records import Entry, Weights
 from sn29.round_record import RoundRecord, decode, encode
 from sn29.rules.schedule import parse_file
+from sn29.rules.scoring import Memory
+from sn29.rules.sequential import bar_of, hopeless
 from sn29.rules.weights import KEEP
 
 RULES = ("oldest_holder", "pairwise_epsilon", "champion")
 BLOCKS = {"ann": 7000, "bob": 7100, "cid": 7200}
+ENTRIES = {h: Entry(f"content of {h}", block) for h, block in BLOCKS.items()}
 
 
 def rounds(rule: str = "oldest_holder", num: int = 3, **models: tuple[float, float]) -> list[RoundRecord]:
@@ -54,6 +57,69 @@ def test_a_record_read_back_gives_the_recorded_bits(rule: str) -> None:
             h: w.hex() for h, w in record.weights[0].by_hotkey.items()
         }
         assert math.fsum(record.weights[0].by_hotkey.values()) == pytest.approx(1)
+
+
+def with_a_stop(count: int = 32, shift: float = 0.05) -> list[RoundRecord]:
+    """ann holds the crown since the first round; in the second bob comes, and is measured on `count` of 200 samples."""
+    first = recorded.round_record(7560, recorded.losses(200, 50, ann=(0.0, 0.01)), BLOCKS, rule="champion")
+    table = recorded.losses(200, 51, ann=(0.0, 0.01), bob=(shift, 0.01), cid=(-0.001, 0.02))
+    bar = bar_of(recorded.c00("champion").scoring, Memory.from_json(first.competitions["c00"].memory_after), ENTRIES, 7920)
+    assert bar is not None
+    stop = hopeless(bar, "bob", table["bob"][:count], table["ann"])
+    short = {**table, "bob": table["bob"][:count]}
+    stopped = {"bob": str(stop)}
+    return [first, recorded.round_record(7920, short, BLOCKS, rule="champion", before=first, stopped=stopped)]
+
+
+def test_a_record_of_a_stopped_model_gives_the_recorded_bits() -> None:
+    _, second = with_a_stop()
+    again = decode(encode(second))
+    assert replay.compare(again, replay.recompute(again)) is None
+    kept = again.competitions["c00"]
+    assert {m.hotkey: len(m.losses) for m in kept.models} == {"ann": 200, "bob": 32, "cid": 200}
+    assert [(d["challenger"], d["num_samples"]) for d in kept.duels] == [("bob", 32), ("cid", 200)]
+
+
+@pytest.mark.parametrize(("count", "shift"), [(32, -0.01), (32, 0.0), (31, 0.05), (150, 0.05)])
+def test_a_stop_that_the_rule_does_not_give_is_found(count: int, shift: float) -> None:
+    """Who could win, or in the middle of a portion: a validator that measures less than it has to cannot hide it."""
+    _, second = with_a_stop(count, shift)
+    found = replay.compare(second, replay.recompute(second))
+    assert found is not None
+    assert found.what == "c00: bob"
+    assert found.second == f"no reason to stop after {count} samples"
+
+
+def test_who_was_stopped_is_not_scored_by_a_rule_that_compares_all_samples(tmp_path: Path) -> None:
+    first, second = with_a_stop()
+    found = replay.what_if(second, replay.other_rule("oldest_holder"))
+    assert sorted(s.hotkey for s in found.decision.scored["c00"].scores) == ["ann", "cid"]
+    assert {h: (e.got, e.limit) for h, e in found.refused.items()} == {
+        "bob": ("losses on 32 samples", "losses on all 200, which oldest_holder compares")
+    }
+    assert replay.what_if(second, replay.other_rule("champion")).refused == {}
+    simulated = list(replay.simulate([first, second], parse_file("c00", recorded.c00_text("pairwise_epsilon"))))
+    assert [sorted(r.refused) for r in simulated] == [[], ["bob"]]
+    path = record_files.write(tmp_path, second)
+    done = sn29("replay", str(path), "--rule", "oldest_holder")
+    assert (done.returncode, "not scored: bob: " in done.stdout) == (0, True), done.stdout
+    assert sn29("replay", str(path)).returncode == 0
+
+
+def test_audit_says_who_was_stopped_where() -> None:
+    """Another validator's losses are a little higher: it stops one portion earlier, and that is said after the losses."""
+    _, mine = with_a_stop(64)
+    _, other = with_a_stop(32)
+    first, *rest = audit(mine, other)
+    assert first.what == "c00: measuring of bob"
+    assert first.first.startswith("stopped after 64 of 200 samples: its losses are")
+    assert first.second.startswith("stopped after 32 of 200 samples: its losses are")
+    assert rest[0].what.startswith("c00: duels[0]")
+    kept = other.competitions["c00"]
+    models = tuple(replace(m, losses=tuple(x * 1.5 for x in m.losses)) if m.hotkey == "bob" else m for m in kept.models)
+    noisy = replace(other, competitions={"c00": replace(kept, models=models)})
+    assert [d.what.partition(" of ")[0] for d in audit(mine, noisy)[:2]] == ["c00: losses", "c00: measuring"]
+    assert "of 32 differences in 432 losses" in audit(mine, noisy)[0].note
 
 
 def test_the_order_of_hotkeys_decides_nothing() -> None:

@@ -20,12 +20,14 @@ from sn29 import telemetry
 from sn29.chain import Chain, create_wallet
 from sn29.corpus import LocalFolder, draw
 from sn29.errors import Reason, Rejected, Unavailable
-from sn29.examination import EXCUSED_BLOCKS, Machine, Ports, Rules, unfit
+from sn29.evaluation.worker import Evaluator
+from sn29.examination import EXCUSED_BLOCKS, Machine, Ports, Rules
 from sn29.hub import Hub
 from sn29.localnet.http_exchange import Wire
 from sn29.localnet.hub import LoopbackHub
 from sn29.localnet.hub_faults import Fault
 from sn29.localnet.ledger import Ledger, LedgerSubstrate
+from sn29.measurement import unfit
 from sn29.models import checkpoint
 from sn29.publication import Publisher, Step
 from sn29.records import Commitment, Head, Loss, ModelId, Weights
@@ -60,6 +62,7 @@ class Subnet:
     folder: Path
     hub: LoopbackHub
     ledger: Ledger
+    evaluator: Evaluator
 
     def chain(self, name: str) -> Chain:
         return Chain(NETUID, network="local", wallet=self.wallet(name), substrate=LedgerSubstrate(self.folder / "chain.db"))
@@ -104,7 +107,7 @@ class Subnet:
 
 
 @pytest.fixture
-def subnet(tmp_path: Path) -> Iterator[Subnet]:
+def subnet(evaluator, tmp_path: Path) -> Iterator[Subnet]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -114,7 +117,7 @@ def subnet(tmp_path: Path) -> Iterator[Subnet]:
     pq.write_table(pa.table({"text": texts}), tmp_path / "competitions" / "text" / "a.parquet", row_group_size=5)
     ledger = Ledger.create(tmp_path / "chain.db", netuid=NETUID, block_seconds=0.4, tempo=100_000, weights_rate_limit=0)
     with LoopbackHub(tmp_path / "hub") as hub:
-        subnet = Subnet(tmp_path, hub, ledger)
+        subnet = Subnet(tmp_path, hub, ledger, evaluator)
         subnet.wallet("validator", validator=True)
         yield subnet
     ledger.close()
@@ -153,7 +156,7 @@ def go(subnet: Subnet, state: str = "state", *, attempts: int = 1, timeout_s: fl
         async with subnet.chain("validator") as chain:
             folder = subnet.folder / "competitions"
             tokenizers = Tokenizers(hub, subnet.folder / state / "tokenizers")
-            ports = Ports(chain, hub, store, dataset_of(hub, folder), tokenizers, replace(plain, **machine))
+            ports = Ports(chain, hub, store, dataset_of(hub, folder), tokenizers, replace(plain, **machine), subnet.evaluator)
             plan = await plan_round(ports, subnet.rules(), catch_up=2)
             assert plan is not None
             await run_round(ports, subnet.rules(), plan)
@@ -188,7 +191,7 @@ def test_a_round_begins_though_the_first_endpoint_stands_still(subnet, tmp_path)
             machine = Machine(tmp_path, tmp_path, "cpu", "float32", 1, 120, 60)
             hub, folder = Hub(subnet.hub.endpoint), subnet.folder / "competitions"
             store = Store(tmp_path / "two" / "store.db")
-            ports = Ports(chain, hub, store, dataset_of(hub, folder), Tokenizers(hub, tmp_path / "tokenizers"), machine)
+            ports = Ports(chain, hub, store, dataset_of(hub, folder), Tokenizers(hub, tmp_path / "tokenizers"), machine, None)
             assert await plan_round(ports, subnet.rules(), catch_up=2) is None
             await asyncio.sleep(1)
             plan = await plan_round(ports, subnet.rules(), catch_up=2)
@@ -317,6 +320,42 @@ def test_under_champion_memory_is_carried_and_a_repeated_commitment_makes_nobody
     assert len(list((subnet.folder / "state" / "records").iterdir())) == 3
 
 
+def under_champion(subnet: Subnet, *, samples: int, **fields: float) -> None:
+    path = subnet.folder / "competitions" / "c00.yaml"
+    text = path.read_text()
+    rule = "".join(f", {name}: {value}" for name, value in fields.items())
+    text = text[: text.index("scoring:")] + f"scoring: {{rule: champion{rule}}}\n" + text[text.index("pool:") :]
+    path.write_text(text.replace("count: 8", f"count: {samples}"))
+
+
+def test_a_hopeless_challenger_is_stopped_and_rests_then_and_the_decision_is_that_of_the_full_evaluation(subnet, model):
+    under_champion(subnet, samples=24)
+    subnet.publish("ann", model(seed=1))
+    subnet.publish("cat", model(seed=3))
+    records = []
+    for window in range(4):
+        if window == 1:
+            subnet.publish("ben", model(seed=2, initializer_range=1.0))  # 40 % worse on every text
+        subnet.next_window()
+        _, record = go(subnet)
+        records.append(record.competitions["c00"])
+        assert compare(record, recompute(record)) is None, "replays to the same bits"
+        under_champion(subnet, samples=24, stop_error_rate=0)
+        _, full = go(subnet, "full")
+        under_champion(subnet, samples=24)
+        assert {len(losses) for losses in full.competitions["c00"].losses.values()} == {24}
+        assert full.weights == record.weights
+    ann, ben, cat = (subnet.hotkey(name) for name in ("ann", "ben", "cat"))
+    assert [len(r.losses.get(ben, ())) for r in records] == [0, 16, 16, 0], "not there; stopped twice; not asked again"
+    assert [len(r.losses[hotkey]) for r in records for hotkey in (ann, cat)] == [24] * 8
+    stopped = records[1].model(ben)
+    assert stopped.stopped.startswith("stopped after 16 of 24 samples: its losses are ")
+    resting = records[3].model(ben).outcome
+    assert (resting.status, resting.reason) == ("waiting", "out_of_reach")
+    assert "stopped after 0 of 24 samples" in resting.detail
+    assert len(full.competitions["c00"].losses) == 2, "what two windows say of it in full is enough too"
+
+
 def test_a_late_validator_that_begins_with_a_record_goes_on_like_the_one_that_wrote_it(subnet, model):
     path = subnet.folder / "competitions" / "c00.yaml"
     text = path.read_text()
@@ -372,9 +411,8 @@ def begin(subnet: Subnet, state: str, record: RoundRecord) -> bool:
         async with subnet.chain("validator") as chain:
             folder = subnet.folder / "competitions"
             tokenizers = Tokenizers(Hub(subnet.hub.endpoint), subnet.folder / state / "tokenizers")
-            ports = Ports(
-                chain, Hub(subnet.hub.endpoint), store, dataset_of(Hub(subnet.hub.endpoint), folder), tokenizers, machine
-            )
+            hub = Hub(subnet.hub.endpoint)
+            ports = Ports(chain, hub, store, dataset_of(hub, folder), tokenizers, machine, subnet.evaluator)
             return await begin_with(ports, record)
 
     return asyncio.run(turn())
@@ -575,10 +613,10 @@ def test_a_miner_who_never_answers_holds_up_two_rounds_and_no_more(subnet, model
 def test_a_round_does_not_wait_for_a_model_that_is_tried_again_in_the_next_one(subnet, model, events):
     subnet.publish("ann", model(seed=1))
     subnet.next_window()
-    _, record = go(subnet, evaluation_deadline_s=0.2)
+    _, record = go(subnet, evaluation_deadline_s=0.005)
     assert reasons(subnet, record) == {"ann": "unavailable"}
     subnet.next_window()
-    _, record = go(subnet, evaluation_deadline_s=0.2)
+    _, record = go(subnet, evaluation_deadline_s=0.005)
     assert reasons(subnet, record) == {"ann": "deadline"}
 
 

@@ -38,8 +38,16 @@ def changed(text: bytes, change: object) -> bytes:
     return canonical(data)
 
 
+def without_stops(data: dict) -> None:
+    """What schema 4 has of a model."""
+    for kept in data["competitions"].values():
+        for model in kept["models"]:
+            del model["stopped"]
+
+
 def without_digests(data: dict) -> None:
     """What schema 3 has of a model."""
+    without_stops(data)
     for kept in data["competitions"].values():
         for model in kept["models"]:
             del model["tensor_digest"], model["resembles"]
@@ -93,8 +101,14 @@ def test_strange_floats_and_texts_survive(record: RoundRecord) -> None:
         (lambda d: d["weights"].update({"00": d["weights"]["0"]}), "the key '00'"),
         (lambda d: d.update(schema=2), "the field tensor_digest"),
         (lambda d: d.update(schema=3), "the field tensor_digest"),
+        (lambda d: d.update(schema=4), "the field stopped"),
         (lambda d: (d.update(schema=2), without_digests(d)), "record.last_weights.0"),
         (lambda d: without_digests(d), "tensor_digest"),
+        (lambda d: without_stops(d), "stopped"),
+        (lambda d: d["competitions"]["c00"]["models"][0]["losses"].pop(), "39 losses"),
+        (lambda d: d["competitions"]["c00"]["models"][0].update(stopped="why"), "40 losses of who was stopped"),
+        (lambda d: d["competitions"]["c00"]["models"][0].update(stopped="why", losses=[]), "0 losses of who was stopped"),
+        (lambda d: d["competitions"]["c00"]["models"][3].update(stopped="why"), "status rejected"),
         (lambda d: d["competitions"]["c00"]["models"][0]["losses"].append(1.0), "41 losses"),
         (lambda d: d["competitions"]["c00"]["models"][0]["losses"].__setitem__(3, -1.0), "negative"),
         (lambda d: d["competitions"]["c00"]["models"][0]["losses"].__setitem__(3, "5"), "losses[3]"),
@@ -162,6 +176,27 @@ def test_what_contradicts_itself_cannot_be_made(record: RoundRecord) -> None:
         encode(replace(record, competitions={"c00": replace(kept, memory_after={"a": math.nan})}))
 
 
+def test_who_was_stopped_has_losses_of_the_leading_samples(record: RoundRecord) -> None:
+    table = dict(record.competitions["c00"].losses)
+    table["bob"] = table["bob"][:16]
+    stopped = recorded.round_record(
+        7560, table, {"ann": 7000, "bob": 7100, "cid": 7200}, rule="champion", stopped={"bob": "stopped after 16 of 40 samples"}
+    )
+    again = decode(encode(stopped))
+    assert again == stopped
+    bob = again.competitions["c00"].model("bob")
+    assert bob is not None
+    assert (len(bob.losses), bob.stopped, len(again.competitions["c00"].samples)) == (16, "stopped after 16 of 40 samples", 40)
+
+
+def test_a_record_of_schema_4_is_read_as_one_in_which_nobody_was_stopped(record: RoundRecord) -> None:
+    text = changed(encode(record), lambda d: (d.update(schema=4), without_stops(d)))
+    assert decode(text) == record
+    assert json.loads(encode(decode(text)))["schema"] == 5
+    with pytest.raises(Rejected, match="another spelling"):
+        decode(text.replace(b'"schema":4', b'"schema": 4'))
+
+
 def test_a_record_of_schema_3_is_read_without_digests(record: RoundRecord) -> None:
     text = changed(encode(record), lambda d: (d.update(schema=3), without_digests(d)))
     assert decode(text) == record
@@ -177,7 +212,7 @@ def test_a_record_of_schema_2_is_read_with_its_weights_for_mechanism_0() -> None
     assert (first.last_weights, second.last_weights) == ({}, first.weights)
     assert first.weights == {0: Weights(7560, {"ann": 1.0})}
     assert all(decode(encode(record)) == record for record in (first, second))
-    assert all(json.loads(encode(record))["schema"] == 4 for record in (first, second))
+    assert all(json.loads(encode(record))["schema"] == 5 for record in (first, second))
     for text in texts:
         data = json.loads(text)
         for other in (data | {"schema": 3}, data | {"weights": {"0": data["weights"]}}, data | {"weights": None}):

@@ -35,7 +35,7 @@ def world(folder: Path, *, block_seconds: float = 0.05, finality_lag: int = 3) -
         folder / "chain.db", netuid=NETUID, block_seconds=block_seconds, tempo=100_000, finality_lag=finality_lag
     )
     with LoopbackHub(folder / "hub") as hub:
-        yield Subnet(folder, hub, ledger)
+        yield Subnet(folder, hub, ledger, None)  # nothing is evaluated
     ledger.close()
 
 

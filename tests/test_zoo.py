@@ -1,7 +1,7 @@
 """The zoo is judged right: every hostile repository by its verdict, every honest one accepted, at a bounded cost.
 
-Children are forked from one process that has the libraries (tests/zoo/lab.py), so that all cases take a minute or two of
-one core; some go through the validator's own child as well. All of them through that: `python -m tests.zoo FOLDER --judge`.
+Children are the lab's (tests/zoo/lab.py), which tell what they open and run; some cases go through the validator's own as
+well. All of them through those: `python -m tests.zoo FOLDER --judge`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from zoo.all_cases import all_cases, write
 from zoo.case import CHILD, METADATA, Case, Copy
 from zoo.copies import CLAIMS
 from zoo.honest import FAMILIES
-from zoo.judge import Child, Verdict, Zoo, lab, own_child, recognised, wrong
+from zoo.judge import Child, Verdict, Zoo, lab, own_children, recognised, wrong
 from zoo.open_cases import EXPECTED_OPEN
 
 from sn29.models.checkpoint import is_content
@@ -207,8 +207,10 @@ def test_copies_are_attributed_and_never_the_original(judged: Judged) -> None:
 
 def test_the_validators_own_child_finds_the_same(judged: Judged) -> None:
     cases = {case.name: case for case in judged.cases}
-    for name in WITH_OWN_CHILD:
-        verdict, lab_verdict = judged.zoo.judge(cases[name], own_child), judged.verdicts[name]
+    with own_children() as own:
+        verdicts = {name: judged.zoo.judge(cases[name], own) for name in WITH_OWN_CHILD}
+    for name, verdict in verdicts.items():
+        lab_verdict = judged.verdicts[name]
         assert (verdict.stage, verdict.code) == (lab_verdict.stage, lab_verdict.code), name
         if lab_verdict.scored is not None and verdict.scored is not None:
             assert verdict.scored.nats == lab_verdict.scored.nats, name

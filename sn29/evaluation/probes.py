@@ -7,7 +7,7 @@ of a machine shows here and not in the weights of the subnet.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,35 +39,55 @@ def probe(model: PreTrainedModel, seed: str) -> Probes:
     """Determinism, then causality, on tokens drawn from the seed. Raises Rejected(NOT_DETERMINISTIC | NOT_CAUSAL)."""
     import torch
 
-    rows = model.get_input_embeddings().num_embeddings
+    exact = model.dtype == torch.float32 and model.device.type == "cpu"
+    texts, places = _texts(model.get_input_embeddings().num_embeddings, seed)
+    return _judged([_logits(model, ids) for ids in texts], places, "logit", exact=exact)
+
+
+def probe_tokens(
+    token_nats: Callable[[Sequence[Sequence[int]]], Sequence[torch.Tensor]], rows: int, seed: str, *, exact: bool
+) -> Probes:
+    """As `probe`, for a model of `rows` tokens that gives -log p of the asked tokens [T] of several texts at once."""
+    texts, places = _texts(rows, seed)
+    return _judged([nats[:, None] for nats in token_nats(texts)], places, "token's -log p", exact=exact)
+
+
+def _texts(rows: int, seed: str) -> tuple[list[list[int]], tuple[int, ...]]:
+    """A text twice, and once for each place t with other tokens from t on; the places."""
     draws = _draws(seed)
     ids = [next(draws) % rows for _ in range(TOKENS)]
     places = tuple(sorted(1 + next(draws) % (TOKENS - 1) for _ in range(PLACES)))
-    logits = _logits(model, ids)  # [T, V]
-    again = _logits(model, ids)
-    if not torch.equal(logits, again):
-        differs = int((logits != again).any(-1).nonzero()[0])
-        raise Rejected(Reason.NOT_DETERMINISTIC, f"other logits for token {differs} of the same text", "the same bits each time")
-    exact = model.dtype == torch.float32 and model.device.type == "cpu"
+    changed = [[*ids[:t], *((id_ + 1 + next(draws) % max(1, rows - 1)) % rows for id_ in ids[t:])] for t in places]
+    return [ids, ids, *changed], places
+
+
+def _judged(found: Sequence[torch.Tensor], places: tuple[int, ...], what: str, *, exact: bool) -> Probes:
+    """What the outputs [T, ...] of the texts show."""
+    import torch
+
+    first, again, *changed = (torch.nan_to_num(one.float(), nan=1e30, posinf=2e30, neginf=-2e30) for one in found)
+    if not torch.equal(first, again):
+        differs = int((first != again).any(-1).nonzero()[0])
+        got = f"another {what} for token {differs} of the same text"
+        raise Rejected(Reason.NOT_DETERMINISTIC, got, "the same bits each time")
     tolerance, influence = 0.0 if exact else 1e-4, 0.0
-    largest = max(float(logits.abs().max()), 1e-30)
-    for t in places:
-        changed = [*ids[:t], *((id_ + 1 + next(draws) % max(1, rows - 1)) % rows for id_ in ids[t:])]
-        change = float((_logits(model, changed)[:t] - logits[:t]).abs().max()) / largest
+    largest = max(float(first.abs().max()), 1e-30)
+    for t, other in zip(places, changed, strict=True):
+        change = float((other[:t] - first[:t]).abs().max()) / largest
         influence = max(influence, change)
         if change > tolerance:
-            got = f"a logit before token {t} moved by {change:.1e} when later tokens changed"
+            got = f"a {what} before token {t} moved by {change:.1e} when later tokens changed"
             raise Rejected(Reason.NOT_CAUSAL, got, f"at most {tolerance:.0e}" if tolerance else "no change")
     return Probes(places, influence, tolerance)
 
 
 def _logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """[T, V] in float32. What is not finite becomes a number, so that it is compared too."""
+    """[T, V]"""
     import torch
 
     with torch.inference_mode():
-        found = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
-    return torch.nan_to_num(found, nan=1e30, posinf=2e30, neginf=-2e30)
+        found: torch.Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
+    return found
 
 
 def _draws(seed: str) -> Any:

@@ -1,16 +1,18 @@
 """A stranger's model is tokenised and evaluated in a child process: no wallet, no token, no network, bounded time and memory.
 
-    parent   evaluate(job, ...)  writes job.json, starts `python -m sn29.evaluation.worker job.json`, waits with a deadline
-    child    confines itself, checks the files, tokenises, loads, probes, evaluates, writes the result in one rename, exits
+    parent   Here.evaluate(job, ...)  writes job.json, has a child forked (`forkserver`), waits with a deadline
+    child    confines itself, checks the files, tokenises, loads, probes; evaluates portion after portion of the samples and
+             tells the losses of each
+    parent   says after each portion whether to go on
+    child    writes the result in one rename, exits
     parent   reads the file: Evaluated, or Rejected with the child's reason; no file means ChildEnded, with how it ended
 
-A file and not a pipe: results of any size, and nothing that the child does can block the parent.
+The result is a file: of any size, and nothing that the child does can block the parent.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import math
 import os
@@ -21,28 +23,21 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
 
 from sn29.errors import Reason, Rejected, Unavailable, shown
-from sn29.evaluation.confinement import Limits, bounded, confine, lift_memory_limit, seal
-from sn29.evaluation.probes import PLACES, TOKENS, Probes, changed_file, probe
-from sn29.models.checkpoint import is_content, load, tensor_digest
+from sn29.evaluation.forkserver import ForkServer, Talk
+from sn29.evaluation.probes import PLACES, TOKENS, Probes
+from sn29.evaluation.profile import Profile, Tiles
 from sn29.records import Loss, ModelFacts, RepoFile, Sample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 BASE_BYTES = 3 << 30
 """Memory a child needs beside the model and its activations: the libraries' private data, measured below 1 GiB, with room."""
-TOKENIZER_CPU_S, TOKENIZER_CPU_S_A_MB = 20.0, 4.0
-"""CPU seconds to load a tokenizer (cl100k: 1.2) and to read each MB of text and back (cl100k: 0.6); dearer ones are ended."""
-TOKENIZER_BYTES, TOKENIZER_BYTES_A_MB = 640 << 20, 256 << 20
-"""Memory for the same (cl100k: 0.14 GB; 200,000 entries in 17 MB: 0.31 GB)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +55,17 @@ class Job:
     """`float32` or `bfloat16`."""
     device: str
     threads: int
-    """CPU threads of the child."""
+    """CPU threads of the child; they move no bit of a loss."""
+    profile: Profile
     samples: tuple[Sample, ...]
     files: tuple[RepoFile, ...] = ()
     """The checkpoint's files as the Hub lists them: hashed again in the child. None: a folder that nobody has listed."""
     tokenizer_oid: str = ""
     """Of a tokenizer that is not the model's own: `sha256:...` of its file, hashed again in the child too."""
+    portions: tuple[int, ...] = ()
+    """Numbers of leading samples, rising, after which `decide` is asked; nothing is asked about all of them."""
+    model_bytes: int | None = None
+    """What weights and activations may take; a model that needs more is streamed layer by layer. None: all that there is."""
     every_reason: bool = False
     """Look on after the first reason for a refusal: see `SeveralReasons`."""
 
@@ -80,7 +80,7 @@ class Evaluated:
     """What a child found."""
 
     losses: tuple[Loss, ...]
-    """Of the job's samples, in their order; +inf with a reason where there is none."""
+    """Of the job's samples, in their order; +inf with a reason where there is none. Fewer when `decide` said so."""
     tensor_digest: str
     """Canonical identity of the weights that were scored (`checkpoint.tensor_digest`)."""
     probes: Probes
@@ -144,28 +144,193 @@ def memory_needed(facts: ModelFacts, max_tokens: int) -> int:
     return BASE_BYTES + 12 * facts.num_parameters + 12 * max_tokens * facts.vocab_size
 
 
-async def evaluate(job: Job, *, deadline_s: float, memory_bytes: int, work_dir: Path | None = None) -> Evaluated:
-    """The losses of the job's samples, with the identity of what was scored and what the probes found.
-
-    Raises Rejected with the reason that the child found, ChildEnded (TooLate at the deadline) when it left no result,
-    FileChanged when a file is not the listed one, whatever else the child found is void then, and Unavailable when it is
-    the competition's own tokenizer that fails. `work_dir` is where the child gets its folder: the system's by default.
-    """
-    with _folder_in(work_dir) as folder:
-        task = write_job(job, folder, memory_bytes, deadline_s, parent=os.getpid())
-        await _run_child(task, deadline_s)
-        return read_result(folder, job.samples)
+Decide = Callable[[tuple[Loss, ...]], bool]
+"""decide(losses so far, in the order of the job's samples) -> whether to measure on."""
 
 
-async def self_test(*, device: str, dtype: str, threads: int, deadline_s: float = 300, work_dir: Path | None = None) -> Probes:
-    """That this machine can evaluate at all: a tiny model of our own in a child, and what the probes found of it.
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """How this machine computes the losses of a model. Its text is part of what a loss is kept under."""
 
-    A driver fault or a full GPU must never look like a fault of a miner's model. Raises Unavailable when it cannot.
-    """
-    test = {"self_test": True, "device": device, "dtype": dtype, "threads": threads}
-    with _folder_in(work_dir) as folder:
-        await _run_child(_write(test, folder, BASE_BYTES, deadline_s, os.getpid()), deadline_s)
-        return _read(folder, 0, lambda result: _probes(result["passed"]))
+    profile: Profile
+    device: str
+    """The processor's name, or the one that the GPU's driver gives."""
+    libraries: str
+    """torch and transformers, with their versions."""
+    note: str = ""
+    """Why it is not the fastest way, if it is not."""
+
+    def __str__(self) -> str:
+        return f"{self.profile}, {self.device}, {self.libraries}"
+
+
+class Evaluator(Protocol):
+    """What measures models: this machine (`Here`), or several (`fleet.Fleet`)."""
+
+    slots: int
+    """Evaluations that may run side by side."""
+
+    async def choose(self, vocab_size: int, *, device: str, dtype: str) -> Chosen:
+        """The way for models of this vocabulary; measured or compiled at the first call. Raises Unavailable."""
+        ...
+
+    async def evaluate(self, job: Job, *, deadline_s: float, memory_bytes: int, decide: Decide | None = None) -> Evaluated:
+        """The losses of the job's samples, with the identity of what was scored and what the probes found.
+
+        Raises Rejected with the reason that the child found, ChildEnded (TooLate at the deadline) when it left no result,
+        FileChanged when a file is not the listed one, whatever else the child found is void then, and Unavailable when it
+        is the competition's own tokenizer that fails, or memory that is too small for any way to evaluate the model.
+        """
+        ...
+
+    async def self_test(self, *, device: str, dtype: str, threads: int, deadline_s: float = 300) -> Probes:
+        """That this machine can evaluate at all: a tiny model of our own in a child, and what the probes found of it.
+
+        A driver fault or a full GPU must never look like a fault of a miner's model. Raises Unavailable when it cannot.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Ends every child."""
+        ...
+
+
+class Here:
+    """This machine: one evaluation at a time, each in a child of its own. Belongs to one event loop."""
+
+    slots = 1
+
+    def __init__(self, work_dir: Path | None = None) -> None:
+        """`work_dir` is where children get their folders, and keeps compiled code from one start to the next; None: the
+        system's place for temporary files, and code is compiled again (10 CPU seconds)."""
+        self._work_dir = work_dir
+        self._server = ForkServer(work_dir / "compiled" if work_dir else None)
+        self._chosen: dict[tuple[int, str, str], Chosen] = {}
+        self._chosen_in = 0
+        """Start of the server that they were asked of."""
+        self._choosing = asyncio.Lock()
+        self._read: tuple[int, str, frozenset[str]] = (0, "", frozenset())
+        """Start of the server, object id of a tokenizer, and the samples that the server has read through it."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def choose(self, vocab_size: int, *, device: str, dtype: str) -> Chosen:
+        key = vocab_size, device, dtype
+        async with self._choosing:
+            return await self._choose(key)
+
+    async def _choose(self, key: tuple[int, str, str]) -> Chosen:
+        """Asked again of a server that was started since: what was compiled in the old one is gone."""
+        if self._chosen_in != self._server.starts:
+            self._chosen.clear()
+        if key not in self._chosen:
+            vocab_size, device, dtype = key
+            asked = {"choose": True, "vocab_size": vocab_size, "device": device, "dtype": dtype, "threads": 1}
+            if device == "cpu":  # in the server: every child then has the compiled code
+                said = json.loads(await self._server.call(f"{_CHILD}:choose", json.dumps(asked)))
+            else:  # whoever has touched a GPU cannot be forked
+                with _folder_in(self._work_dir) as folder:
+                    await self._run(_write(asked, folder, BASE_BYTES, 300), 300)
+                    said = _read(folder, 0, dict)
+            profile = said.pop("profile")
+            tiles = Tiles(**profile.pop("tiles"))
+            self._chosen[key] = Chosen(Profile(tiles=tiles, **profile), **said)
+            self._chosen_in = self._server.starts
+        return self._chosen[key]
+
+    async def evaluate(self, job: Job, *, deadline_s: float, memory_bytes: int, decide: Decide | None = None) -> Evaluated:
+        with _folder_in(self._work_dir) as folder:
+            if job.tokenizer_oid and not job.own_tokenizer:
+                await self._read_texts(job, folder)
+            task = write_job(job, folder, memory_bytes, deadline_s)
+            told: list[Loss] = []
+            talk = _Portions(job, decide, told) if decide is not None and job.portions else None
+            await self._run(task, deadline_s, talk)
+            found = read_result(folder, job.samples, some=talk is not None and talk.stopped)
+            if found.losses[: len(told)] != tuple(told) or (talk is not None and talk.stopped and len(found) != len(told)):
+                raise ChildEnded(Ending.ERROR, "its result is not what it told portion by portion")
+            return found
+
+    async def self_test(self, *, device: str, dtype: str, threads: int, deadline_s: float = 300) -> Probes:
+        test = {"self_test": True, "device": device, "dtype": dtype, "threads": threads}
+        with _folder_in(self._work_dir) as folder:
+            await self._run(_write(test, folder, BASE_BYTES, deadline_s), deadline_s)
+            return _read(folder, 0, lambda result: _probes(result["passed"]))
+
+    async def _read_texts(self, job: Job, folder: Path) -> None:
+        """Texts of the competition's own tokenizer are read once, in the server: every child then has their ids."""
+        wanted = frozenset(sample.id for sample in job.samples)
+        if self._read[:2] == (self._server.starts, job.tokenizer_oid) and wanted <= self._read[2]:
+            return
+        texts = folder / "texts.json"
+        texts.write_text(json.dumps([job.tokenizer, job.tokenizer_oid, [[s.id, s.text] for s in job.samples]]))
+        try:
+            await self._server.call(f"{_CHILD}:read_texts", str(texts))
+        except Unavailable as error:
+            raise Unavailable("the competition's tokenizer", error.why) from None
+        finally:
+            texts.unlink()
+        self._read = self._server.starts, job.tokenizer_oid, wanted
+
+    async def close(self) -> None:
+        await self._server.close()
+
+    async def _run(self, task: Path, deadline_s: float, talk: Talk | None = None) -> None:
+        """Returns when the child has left a result. Raises ChildEnded, ServerEnded."""
+        folder = task.parent
+        try:
+            status = await self._server.run(f"{_CHILD}:child", str(task), folder=folder, deadline_s=deadline_s, talk=talk)
+        except TimeoutError:
+            raise TooLate(deadline_s) from None
+        if status != 0 or not (folder / _RESULT).exists():
+            raise ended(status, _last_words(folder / "errors"))
+
+
+def _last_words(errors: Path) -> str:
+    """The end of what a child said; nothing when there is no such file, or another thing in its place."""
+    try:
+        descriptor = os.open(errors, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return ""
+    with os.fdopen(descriptor, "rb") as said:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return ""
+        said.seek(max(0, os.fstat(descriptor).st_size - 4000))
+        return said.read().decode(errors="replace").strip()
+
+
+@dataclass(slots=True)
+class _Portions:
+    """Our side of the conversation: a line of losses from the child, a byte back."""
+
+    job: Job
+    decide: Decide
+    told: list[Loss]
+    stopped: bool = False
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for upto in self.job.portions:
+            samples = self.job.samples[len(self.told) : upto]
+            try:
+                line = await reader.readline()
+                if not line:  # it has found something to refuse, or has died: its result says
+                    return
+                self.told += _losses_in(json.loads(line, parse_constant=_no_constant), samples)
+            except (ValueError, TypeError, RecursionError, OSError) as error:
+                why = f"no losses that can be read ({type(error).__name__}: {shown(error, 100)})"
+                raise ChildEnded(Ending.ERROR, why) from None
+            self.stopped = not self.decide(tuple(self.told))
+            writer.write(STOP if self.stopped else GO_ON)
+            if self.stopped:
+                return
+
+
+GO_ON, STOP = b"+", b"."
+_CHILD = "sn29.evaluation.child"
 
 
 # --- a child's folder: job.json, result.json, errors -------------------------------------------------------------------
@@ -187,14 +352,14 @@ def sweep(work_dir: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def write_job(job: Job, folder: Path, memory_bytes: int, deadline_s: float, parent: int | None = None) -> Path:
-    """What the child reads; its only argument. It ends with its parent, if that is named."""
-    return _write(asdict(job), folder, memory_bytes, deadline_s, parent)
+def write_job(job: Job, folder: Path, memory_bytes: int, deadline_s: float) -> Path:
+    """What the child reads; its only argument."""
+    return _write(asdict(job), folder, memory_bytes, deadline_s)
 
 
-def _write(job: dict[str, Any], folder: Path, memory_bytes: int, deadline_s: float, parent: int | None) -> Path:
+def _write(job: dict[str, Any], folder: Path, memory_bytes: int, deadline_s: float) -> Path:
     task = folder / "job.json"
-    more = {"result": str(folder / _RESULT), "memory_bytes": memory_bytes, "deadline_s": deadline_s, "parent": parent}
+    more = {"result": str(folder / _RESULT), "memory_bytes": memory_bytes, "deadline_s": deadline_s}
     task.write_text(json.dumps(job | more))
     return task
 
@@ -214,15 +379,16 @@ _UNSCORED = frozenset({Reason.ROUND_TRIP.code, "too_long", "not_finite"})
 _Found = TypeVar("_Found")
 
 
-def read_result(folder: Path, samples: Sequence[Sample]) -> Evaluated:
-    """What the child wrote. Raises Rejected, FileChanged, Unavailable, or ChildEnded when it is no result."""
-    return _read(folder, len(samples), lambda result: _read_result(result, samples))
+def read_result(folder: Path, samples: Sequence[Sample], *, some: bool = False) -> Evaluated:
+    """What the child wrote, of leading samples alone if `some`. Raises Rejected, FileChanged, Unavailable, or ChildEnded when
+    it is no result."""
+    return _read(folder, len(samples), lambda result: _read_result(result, samples, some=some))
 
 
 def _read(folder: Path, num_samples: int, of: Callable[[dict[str, Any]], _Found]) -> _Found:
     path = folder / _RESULT
     try:
-        if not stat.S_ISREG(path.lstat().st_mode) or path.lstat().st_size > _file_bytes(num_samples):
+        if not stat.S_ISREG(path.lstat().st_mode) or path.lstat().st_size > file_bytes(num_samples):
             raise ValueError("not a file, or too large")
         return of(json.loads(path.read_bytes(), parse_constant=_no_constant))
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -233,20 +399,25 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def _read_result(result: dict[str, Any], samples: Sequence[Sample]) -> Evaluated:
+def _read_result(result: dict[str, Any], samples: Sequence[Sample], *, some: bool) -> Evaluated:
     if "changed" in result:
         raise FileChanged(_text(result["changed"]))
     if "unavailable" in result:
-        raise Unavailable("evaluation", shown(_text(result["unavailable"])))
+        what, why = map(_text, result["unavailable"])
+        raise Unavailable(shown(what, 40), shown(why))
     if "rejected" in result:
         found = [Rejected(_CHILDS_REASONS[_text(name)], *map(_text, rest)) for name, *rest in result["rejected"]]
         raise found[0] if len(found) == 1 else SeveralReasons(found)
-    losses = tuple(
-        _loss(sample, nats, tokens, reason) for sample, (nats, tokens, reason) in zip(samples, result["losses"], strict=True)
-    )
+    losses = tuple(_losses_in(result["losses"], samples[: len(result["losses"])] if some else samples))
     if not re.fullmatch("[0-9a-f]{64}", _text(result["tensor_digest"])):
         raise ValueError("a tensor digest that is none")
     return Evaluated(losses, result["tensor_digest"], _probes(result["probes"]))
+
+
+def _losses_in(told: Sequence[Any], samples: Sequence[Sample]) -> Iterator[Loss]:
+    """What a child says of these samples. Raises ValueError, TypeError."""
+    for sample, (nats, tokens, reason) in zip(samples, told, strict=True):
+        yield _loss(sample, nats, tokens, reason)
 
 
 def _loss(sample: Sample, nats: object, tokens: object, reason: object) -> Loss:
@@ -277,37 +448,12 @@ def _text(value: object) -> str:
     return value
 
 
-def _file_bytes(num_samples: int) -> int:
+def file_bytes(num_samples: int) -> int:
     """Largest file that a child may write."""
     return (64 << 20) + 1024 * num_samples
 
 
 # --- how a child ends ---------------------------------------------------------------------------------------------------
-
-
-async def _run_child(task: Path, deadline_s: float) -> None:
-    """Returns when the child has left a result. Raises ChildEnded."""
-    folder = task.parent
-    errors = folder / "errors"
-    with errors.open("wb") as stderr:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sn29.evaluation.worker", str(task),
-            env=_environment(str(folder)), cwd=folder, start_new_session=True,
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=stderr,
-        )  # fmt: skip
-    try:
-        await asyncio.wait_for(process.wait(), deadline_s)
-    except TimeoutError:
-        raise TooLate(deadline_s) from None
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # the whole group, also when we are cancelled
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-    if process.returncode != 0 or not (folder / _RESULT).exists():
-        with errors.open("rb") as said:
-            said.seek(max(0, errors.stat().st_size - 4000))
-            last = said.read().decode(errors="replace").strip()
-        raise ended(process.returncode or 0, last)
 
 
 _OF_MEMORY = re.compile(
@@ -346,177 +492,3 @@ def _ending(status: int, errors: str, last: str) -> Ending:
     if _OF_DEVICE.search(last):
         return Ending.DEVICE
     return Ending.MACHINE if _OF_MACHINE.search(last) else Ending.ERROR
-
-
-def _environment(home: str) -> dict[str, str]:
-    """What the child may know: where programs and libraries are, and nothing of the validator (no token, no wallet, no home)."""
-    kept = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "CUDA_VISIBLE_DEVICES", "VIRTUAL_ENV")
-    alone = {
-        "HOME": home, "HF_HOME": home, "TMPDIR": home, "XDG_CACHE_HOME": home, "CUDA_CACHE_PATH": f"{home}/cuda",
-        "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-        "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    }  # fmt: skip
-    found = {name: os.environ[name] for name in kept if name in os.environ}
-    if "PYTHONPATH" in found:  # the child works in another folder
-        found["PYTHONPATH"] = os.pathsep.join(os.path.abspath(part) for part in found["PYTHONPATH"].split(os.pathsep) if part)
-    return found | alone
-
-
-# --- in the child -----------------------------------------------------------------------------------------------------
-
-
-def main() -> None:
-    """Entry point of the child."""
-    job = json.loads(Path(sys.argv[1]).read_text())
-    limits = _limits(job)
-    confine(limits)
-    if limits.gpu:  # its driver needs what a stranger's model must not have: it gets it before anything of the model is read
-        _open_device(limits.device)
-    seal(limits)
-    outcome = {"passed": _self_test(job)} if job.get("self_test") else _examine(job)
-    result = Path(job["result"])
-    part = result.with_suffix(".part")
-    part.write_text(json.dumps(outcome))
-    part.rename(result)
-
-
-def _limits(job: dict[str, Any]) -> Limits:
-    readable = (job["checkpoint"], job["tokenizer"]) if "checkpoint" in job else ()
-    return Limits(
-        memory_bytes=job["memory_bytes"],
-        cpu_s=int(job.get("deadline_s", 3600) * (job["threads"] + 1)) + 10,  # one thread more hashes the files
-        file_bytes=_file_bytes(len(job.get("samples", ()))),
-        folder=str(Path(job["result"]).parent),
-        readable=readable,
-        device=job["device"],
-        parent=job.get("parent"),
-    )
-
-
-def _open_device(device: str) -> None:
-    """The driver, and the library of matrix products, are ready."""
-    import torch
-
-    lift_memory_limit()
-    one = torch.ones(16, 16, device=device)
-    float((one @ one).sum())
-
-
-def _examine(job: dict[str, Any]) -> dict[str, Any]:
-    """The result: losses with digest and probes, or what is wrong. A file that has changed voids all else."""
-    folder, tokenizer = Path(job["checkpoint"]), Path(job["tokenizer"])
-    oids = {file["path"]: file["oid"] for file in job["files"] if is_content(file["path"])}  # a README is not fetched
-    heavy = {name for name in oids if name.endswith(".safetensors")}
-    if changed := changed_file(folder, oids, sorted(oids.keys() - heavy)):
-        return {"changed": changed}
-    if job["tokenizer_oid"] and changed_file(tokenizer.parent, {tokenizer.name: job["tokenizer_oid"]}, [tokenizer.name]):
-        return {"changed": "the competition's tokenizer"}
-    encoded: list[list[int]] = []
-    problems: list[str] = []
-    largest, refusals = job["start_token"], []
-    try:  # on a CPU before torch is imported, whose memory would blur the tokenizer's bound
-        encoded, problems, largest = _tokenise(job)
-    except Rejected as error:
-        if tokenizer.parent != folder:
-            return {"unavailable": f"the competition's own tokenizer fails here: {error}"}
-        refusals.append(error)
-    if refusals and not job["every_reason"]:
-        return _refused(refusals)
-    with ThreadPoolExecutor(1) as beside:  # hashing goes on while the device computes
-        unchanged = beside.submit(changed_file, folder, oids, sorted(heavy))
-        try:
-            model = _load(job, largest)
-            identity = beside.submit(_tensor_digest, job)
-            probes = probe(model, " ".join(sample["id"] for sample in job["samples"]))
-            told = {
-                "losses": _losses(job, model, encoded, problems),
-                "probes": [probes.places, probes.influence, probes.tolerance],
-                "tensor_digest": identity.result(),
-            }
-        except Rejected as error:
-            refusals.append(error)
-        changed = unchanged.result()
-    return {"changed": changed} if changed else _refused(refusals) if refusals else told
-
-
-def _refused(refusals: Sequence[Rejected]) -> dict[str, Any]:
-    return {"rejected": [[error.reason.name, error.got, error.limit, error.where] for error in refusals]}
-
-
-def _tokenise(job: dict[str, Any]) -> tuple[list[list[int]], list[str], int]:
-    """Ids and problem (or nothing) of each sample, in bounded time and memory, and the largest id that needs a row.
-
-    A miner's own tokenizer needs a row for every id that it can give. Raises Rejected.
-    """
-    from sn29.models.tokenizer import Tokenizer
-
-    texts = [sample["text"] for sample in job["samples"]]
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    with bounded(
-        cpu_s=TOKENIZER_CPU_S + TOKENIZER_CPU_S_A_MB * megabytes,
-        more_bytes=TOKENIZER_BYTES + int(TOKENIZER_BYTES_A_MB * megabytes),
-    ):
-        tokenizer, largest = Tokenizer.load(Path(job["tokenizer"])), job["start_token"]
-        if Path(job["tokenizer"]).parent == Path(job["checkpoint"]):  # the miner's, not the competition's
-            largest = max(largest, tokenizer.largest_id())
-            tokenizer.check_lossless()
-        encoded = [tokenizer.encode(text) for text in texts]
-        problems = [
-            "round_trip" if not tokenizer.round_trips(text, ids) else "too_long" if len(ids) > job["max_tokens"] else ""
-            for text, ids in zip(texts, encoded, strict=True)
-        ]
-    return encoded, problems, max(largest, *(max(ids, default=0) for ids in encoded), 0)
-
-
-def _load(job: dict[str, Any], largest: int) -> PreTrainedModel:
-    """The model. Raises Rejected as `checkpoint.load`, and VOCABULARY for an id that it has no row for."""
-    import torch
-
-    torch.set_num_threads(job["threads"])
-    model = load(Path(job["checkpoint"]), dtype=getattr(torch, job["dtype"]), device=job["device"])
-    rows = model.get_input_embeddings().num_embeddings
-    if largest >= rows:
-        raise Rejected(Reason.VOCABULARY, f"{rows} rows", f"a row for the id {largest}")
-    return model
-
-
-def _tensor_digest(job: dict[str, Any]) -> str:
-    return tensor_digest(Path(job["checkpoint"]), threads=1 if job["device"] == "cpu" else job["threads"])
-
-
-def _losses(job: dict[str, Any], model: PreTrainedModel, encoded: list[list[int]], problems: list[str]) -> list[Any]:
-    """(nats or None for +inf, tokens, reason) of each sample."""
-    from sn29.evaluation.engine import all_nats
-
-    good = [ids for ids, problem in zip(encoded, problems, strict=True) if not problem]
-    nats = iter(all_nats(model, good, job["start_token"]))
-    found = [math.inf if problem else next(nats) for problem in problems]
-    return [
-        (value if math.isfinite(value) else None, len(ids), problem or ("" if math.isfinite(value) else "not_finite"))
-        for value, ids, problem in zip(found, encoded, problems, strict=True)
-    ]
-
-
-def _self_test(job: dict[str, Any]) -> list[Any]:
-    """What the probes find of a tiny Llama with random weights, which has finite losses on the device."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from sn29.evaluation.engine import all_nats
-
-    torch.set_num_threads(job["threads"])
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
-    )
-    model = LlamaForCausalLM(config).to(device=job["device"], dtype=getattr(torch, job["dtype"])).eval()
-    try:
-        probes = probe(model, "self-test")
-    except Rejected as error:
-        raise RuntimeError(f"this machine: {error}") from None
-    if not all(map(math.isfinite, all_nats(model, [[1, 2, 3]], 0))):
-        raise RuntimeError("the self-test's loss is not finite")
-    return [probes.places, probes.influence, probes.tolerance]
-
-
-if __name__ == "__main__":
-    main()

@@ -456,14 +456,13 @@ def rows(ended: Ended) -> dict[str, Row]:
     record = ended.records[-1]
     found = {o.hotkey: Row(o, ended.published.get(o.hotkey, 0.0)) for o in record.no_competition}
     for kept in record.competitions.values():
-        num_bytes = sum(s.num_bytes for s in kept.samples)
         scores = {s.hotkey: s for s in kept.scores}
         for model in kept.models:
             row = Row(model.outcome, ended.published.get(model.hotkey, 0.0))
             if model.evaluated:
-                nats = sum(model.losses)
-                bits = nats / math.log(2) / num_bytes
-                row = replace(row, score=scores[model.hotkey], loss=nats / len(kept.samples), bits_per_byte=bits)
+                nats, measured = sum(model.losses), kept.samples[: len(model.losses)]
+                bits = nats / math.log(2) / sum(s.num_bytes for s in measured)
+                row = replace(row, score=scores[model.hotkey], loss=nats / len(measured), bits_per_byte=bits)
             found[model.hotkey] = row
     return found
 

@@ -63,6 +63,17 @@ def gpt4(rank_file: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     return tokenizer, _config("<|endoftext|>", "<|endoftext|>", "<|endoftext|>")
 
 
+def bytes_alone() -> dict[str, Any]:
+    """tokenizer.json of the 256 bytes: for models of random weights, which any vocabulary fits."""
+    letters = _byte_letters()
+    return {
+        "version": "1.0", "added_tokens": [], "normalizer": None, "post_processor": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": _bpe({letters[byte]: byte for byte in range(256)}, []),
+    }  # fmt: skip
+
+
 def _parts(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
     """The two tokens that were merged into this one: byte pair encoding of its bytes until two parts are left."""
     parts = [bytes([byte]) for byte in token]

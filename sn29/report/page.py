@@ -165,11 +165,11 @@ class Standing:
     outcome: Mapping[str, Any]
     score: Mapping[str, Any]
     nats: tuple[float, ...]
-    """By sample; +inf where it could not be scored."""
+    """By sample, of the leading ones if it was stopped; +inf where it could not be scored."""
     unscored: tuple[str, ...]
     """Why, for each such sample."""
     num_bytes: int
-    """Of all samples."""
+    """Of the samples that it was measured on."""
 
     @property
     def nats_per_sample(self) -> float:
@@ -183,12 +183,12 @@ class Standing:
 def _standings(part: Record) -> list[Standing]:
     """Best first: by weight, then wins, then loss."""
     outcomes = {o["hotkey"]: o for o in part["outcomes"] if o["status"] == "evaluated"}
-    num_bytes = sum(s["bytes"] for s in part["samples"])
     found = []
     for score in part["scores"]:
         losses = part["losses"][score["hotkey"]]
         nats = tuple(math.inf if row[0] is None else float(row[0]) for row in losses)
         unscored = tuple(row[2] or "cannot be scored" for row in losses if row[0] is None)
+        num_bytes = sum(s["bytes"] for s in part["samples"][: len(nats)])
         found.append(Standing(score["hotkey"], outcomes[score["hotkey"]], score, nats, unscored, num_bytes))
     return sorted(found, key=lambda s: (-s.score["weight"], -s.score["wins"], s.nats_per_sample, s.hotkey))
 
@@ -219,7 +219,7 @@ def _competition(name: str, rounds: Sequence[Record], cast: Cast, unigram: float
 
 def _standings_table(record: Record, part: Record, standings: Sequence[Standing], cast: Cast, unigram: float | None) -> str:
     num_samples, num_bytes = len(part["samples"]), sum(s["bytes"] for s in part["samples"])
-    rows = [_standing_row(s, cast, first=s is _holder(standings)) for s in standings]
+    rows = [_standing_row(s, cast, num_samples, first=s is _holder(standings)) for s in standings]
     for o in sorted(part["outcomes"], key=lambda o: cast.labels[o["hotkey"]]):
         if o["status"] != "evaluated":
             said = f"<b>{text(o['status'])}</b> {text(_said(o, cast))}"
@@ -238,8 +238,12 @@ def _standings_table(record: Record, part: Record, standings: Sequence[Standing]
     return markup.table(caption, head, rows, foot)
 
 
-def _standing_row(s: Standing, cast: Cast, *, first: bool) -> str:
+def _standing_row(s: Standing, cast: Cast, num_samples: int, *, first: bool) -> str:
     said = f"evaluated, committed at block {s.outcome['block']:,}"
+    if len(s.nats) < num_samples:
+        said += (
+            f"; stopped after {len(s.nats):,} of {num_samples:,} samples, shown not to be better than the holder by its advantage"
+        )
     if s.unscored:
         reasons = "; ".join(dict.fromkeys(s.unscored))
         said += f"; {len(s.unscored):,} of {len(s.nats):,} samples cannot be scored: {reasons}"
@@ -282,7 +286,8 @@ def _by_sample(standings: Sequence[Standing], cast: Cast) -> str:
     holder, others = standings[0], standings[1:MAX_MODELS]
     lines, lower = [], []
     for s in others:
-        deltas = sorted(a - b for a, b in zip(s.nats, holder.nats, strict=True) if math.isfinite(a) and math.isfinite(b))
+        pairs = zip(s.nats, holder.nats, strict=False)  # who was stopped has fewer
+        deltas = sorted(a - b for a, b in pairs if math.isfinite(a) and math.isfinite(b))
         if len(deltas) >= 2:
             label, colour = cast.picture(s.hotkey)
             share = [100 * i / (len(deltas) - 1) for i in range(len(deltas))]

@@ -18,6 +18,11 @@
 The margin. What is left of the holder's advantage, a = max(floor, initial * decay_per_epoch ** age), counted from its
 commitment; the mean of ln(challenger's loss / holder's loss) must be shown to be below ln(1 - a).
 
+Who is stopped. A challenger that is shown not to be better by the margin need not be measured to the end of the window
+(`rules.sequential`). What was not measured of it is absent: it is no win and no loss, for nobody, in no sum below. Evidence
+over the samples up to that moment is evidence like any other, because the bound holds at all moments; the challenger keeps
+it, and its rank.
+
 The error rate. The k-th model that ever duels a holder has to show it at an error rate of error_rate / (k (k + 1)); these
 sum to error_rate over all k. So a holder loses its crown to models that are not better by the margin with a probability of
 at most error_rate, however many there are, however often they are renewed and however long it reigns (a union bound over
@@ -179,13 +184,14 @@ class _Window:
     rule: Champion
     hotkeys: tuple[str, ...]
     losses: Numbers
+    """NaN: not measured."""
     entries: Mapping[str, Entry]
     block: int
 
     @cached_property
     def scored(self) -> NDArray[np.bool_]:
         """Whether a model was scored on anything."""
-        return np.asarray((self.losses.min(axis=1, initial=np.inf)) < np.inf)
+        return np.asarray(np.isfinite(self.losses).any(axis=1))
 
     def who(self, row: int) -> Who:
         return Who(self.hotkeys[row], self.entries[self.hotkeys[row]].content_id)
@@ -237,7 +243,8 @@ def judge(
     seed: bytes,
     memory: Memory,
 ) -> Verdict:
-    """Scores, duels and what is remembered. Rows of `losses` belong to `hotkeys`, which are in claim order.
+    """Scores, duels and what is remembered. Rows of `losses` belong to `hotkeys`, which are in claim order; +inf is what a
+    model could not be scored on, NaN what it was not measured on: the samples after the one at which it was stopped.
 
     `entries` may name models that the validator left out of this window: they keep what they have. Who has no entry loses
     its evidence, and a holder without one the crown. Raises ValueError for a window that is not after the one in
@@ -457,9 +464,9 @@ def _shares(window: _Window, reign: _Reign, memory: Memory, first: Sequence[int]
 def _bootstrap(window: _Window, reign: _Reign, first: Sequence[int], draws: int, seed: bytes) -> dict[str, float]:
     """How often each model ends up with the crown when the window's samples are drawn again.
 
-    A draw puts together 64 of the window's 64 parts, with replacement, the same ones for all models; evidence of earlier
-    windows stays as it is. Near the crossing validators who measure a little differently then pay a little differently,
-    not each to another model.
+    A draw puts together 64 of the window's 64 parts, with replacement, the same ones for all models (of a duel with somebody
+    who was stopped: of what was measured); evidence of earlier windows stays as it is. Near the crossing validators who
+    measure a little differently then pay a little differently, not each to another model.
     """
     opening, num_samples = window.row(reign.holder), window.losses.shape[1]
     if opening is None or num_samples == 0:
@@ -487,10 +494,12 @@ def _bootstrap(window: _Window, reign: _Reign, first: Sequence[int], draws: int,
 def _redrawn(window: _Window, row: int, at: int, before: Sums, rank: int, times: NDArray[np.int64]) -> NDArray[np.bool_]:
     """For each draw whether the model in `row` takes the crown from the one in `at`."""
     ratios, counted = window.ratios(row, at)
-    blocks, num_samples = times.shape[1], len(ratios)
-    starts = [num_samples * block // blocks for block in range(blocks)]
-    ones = np.ones(num_samples, dtype=np.int64) if counted is None else counted.astype(np.int64)
-    n, total, squares = (times @ np.add.reduceat(x, starts) for x in (ones, ratios, ratios * ratios))
+    blocks = times.shape[1]
+    measured = int(np.count_nonzero(~np.isnan(window.losses[[row, at]]).any(axis=0)))  # the leading ones
+    edges = [measured * block // blocks for block in range(blocks + 1)]
+    ones = np.ones(len(ratios), dtype=np.int64) if counted is None else counted.astype(np.int64)
+    sums = (np.concatenate([[0], np.cumsum(x)]) for x in (ones, ratios, ratios * ratios))
+    n, total, squares = (times @ np.diff(x[edges]) for x in sums)
     gains = -(total.astype(np.float64) + float(before.total)) / UNIT
     squared = (squares.astype(np.float64) + float(before.squares)) / UNIT**2
     needed = window.needed(window.hotkeys[at])
@@ -503,14 +512,14 @@ def _redrawn(window: _Window, row: int, at: int, before: Sums, rank: int, times:
 
 def _scores(window: _Window, first: Sequence[int], shares: Mapping[str, float]) -> tuple[Score, ...]:
     """One for every model that was evaluated or is paid."""
-    wins, winnable = _lowest(window, first)
-    rows = {hotkey: wins[row] for row, hotkey in enumerate(window.hotkeys)}
+    rows = dict(zip(window.hotkeys, _lowest(window, first), strict=True))
+    rates = {hotkey: wins / (winnable or 1) for hotkey, (wins, winnable) in rows.items()}
     return tuple(
         Score(
             hotkey=hotkey,
-            wins=float(rows.get(hotkey, 0)),
-            win_rate=rows.get(hotkey, 0) / (winnable or 1),
-            win_rate_without_advantage=rows.get(hotkey, 0) / (winnable or 1),
+            wins=float(rows.get(hotkey, (0, 0))[0]),
+            win_rate=rates.get(hotkey, 0.0),
+            win_rate_without_advantage=rates.get(hotkey, 0.0),
             advantage=factor(window.block - window.entries[hotkey].block, window.rule.advantage),
             weight=shares.get(hotkey, 0.0),
         )
@@ -518,8 +527,9 @@ def _scores(window: _Window, first: Sequence[int], shares: Mapping[str, float]) 
     )
 
 
-def _lowest(window: _Window, first: Sequence[int]) -> tuple[list[int], int]:
-    """Samples on which each model has the lowest loss of all, near copies left out, and how many samples have one."""
+def _lowest(window: _Window, first: Sequence[int]) -> list[tuple[int, int]]:
+    """Samples on which each model has the lowest loss of all that were measured on them, near copies left out; and how many
+    of those that it was measured on have such a model."""
     best = np.full(window.losses.shape[1], np.inf)
     winner = np.full(len(best), len(first))
     for row in _originals(first):
@@ -527,4 +537,7 @@ def _lowest(window: _Window, first: Sequence[int]) -> tuple[list[int], int]:
         np.copyto(best, window.losses[row], where=lower)
         np.copyto(winner, row, where=lower)
     wins = np.bincount(winner, minlength=len(first) + 1).tolist()
-    return wins[: len(first)], len(best) - wins[len(first)]
+    winnable = [len(best) - wins[len(first)]] * len(first)
+    for row in np.flatnonzero(np.isnan(window.losses[:, -1:]).any(axis=1)).tolist():  # was stopped before the last sample
+        winnable[row] = int(np.count_nonzero(~np.isnan(window.losses[row]) & (winner < len(first))))
+    return list(zip(wins[: len(first)], winnable, strict=True))

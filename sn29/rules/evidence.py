@@ -3,7 +3,8 @@
 What is measured. For a sample with losses C of the challenger and H of the holder, g = ln(H / C) is the challenger's
 gain, cut to CLIP on both sides: no sample counts as more than 28 % worse or 22 % better. A sample that only one of the
 two could be scored on counts as -CLIP for the challenger or +CLIP against the holder, so nobody gains by failing where
-it is bad; one that neither could be scored on is not counted. What is asked is whether the mean of g over the data set
+it is bad; one that neither could be scored on is not counted, nor is one that was not measured because the challenger was
+stopped before it (`rules.sequential`). What is asked is whether the mean of g over the data set
 is more than m, whatever the distribution of g, at every moment at which somebody looks.
 
 What the cut means. It is the price of a bound that holds for any distribution: without one, a single text (a loss of +inf)
@@ -98,10 +99,10 @@ class Sums:
 def log_ratios(challenger: Numbers, holder: Numbers) -> tuple[Units, NDArray[np.bool_] | None]:
     """ln(challenger / holder) of every sample in units of 1 / UNIT, and which samples count; None: all of them.
 
-    Losses are at least 0, +inf where a model was not scored.
+    Losses are at least 0, +inf where a model could not be scored, NaN where it was not measured: that counts for nobody.
     """
     one, other = 0.5 * challenger, 0.5 * holder  # halves: the sum of two stays finite
-    with np.errstate(invalid="ignore"):  # inf / inf and 0 / 0: below
+    with np.errstate(invalid="ignore"):  # NaN, inf / inf and 0 / 0: below
         t = (one - other) / (one + other)
     np.clip(t, -CLIP / 2, CLIP / 2, out=t)  # artanh of more than that is beyond CLIP / 2
     square = t * t
@@ -112,11 +113,12 @@ def log_ratios(challenger: Numbers, holder: Numbers) -> tuple[Units, NDArray[np.
     np.rint(series, out=series)
     if not np.isnan(series).any():
         return series.astype(np.int64), None
+    measured = ~(np.isnan(challenger) | np.isnan(holder))
     mine, theirs = np.isfinite(challenger), np.isfinite(holder)
-    series[np.isnan(series)] = 0.0  # neither was scored, or both losses are 0
-    series[~mine & theirs] = CLIP * UNIT
-    series[mine & ~theirs] = -CLIP * UNIT
-    return series.astype(np.int64), mine | theirs
+    series[np.isnan(series)] = 0.0  # not measured, neither was scored, or both losses are 0
+    series[measured & ~mine & theirs] = CLIP * UNIT
+    series[measured & mine & ~theirs] = -CLIP * UNIT
+    return series.astype(np.int64), measured & (mine | theirs)
 
 
 def sums_of(ratios: Units, counted: NDArray[np.bool_] | None) -> Sums:

@@ -53,16 +53,21 @@ def score(
     """The standing of every model in `losses`.
 
     `losses` has one row of nats per hotkey, all over the same samples in the same order; +inf (or NaN, or less than 0) is
-    a sample that the model could not be scored on. `entries` has at least these hotkeys. Whoever has a valid commitment
-    and was left out by the validator's own choice belongs in it too, and a holder of the crown that did not answer. `block`
-    is the window's; `seed` is the same for all validators, and unknown when the models were committed. `memory` is what the
-    window before left. Raises ValueError when the rows differ in length, or when `memory` knows this window already.
+    a sample that the model could not be scored on. Under `champion` a row may be shorter than the longest one: the model was
+    not measured on the samples after it, which is neither a win nor a loss. `entries` has at least these hotkeys. Whoever has
+    a valid commitment and was left out by the validator's own choice belongs in it too, and a holder of the crown that did
+    not answer. `block` is the window's; `seed` is the same for all validators, and unknown when the models were committed.
+    `memory` is what the window before left. Raises ValueError when the rows differ in length under another rule, or when
+    `memory` knows this window already.
     """
     rule = competition.scoring
     hotkeys, table = _in_claim_order(losses, entries, seed)
     if isinstance(rule, Champion):
         verdict = champion.judge(rule, hotkeys, table, entries, block, seed, memory)
         return Scored(verdict.scores, verdict.memory, verdict.duels)
+    lengths = {hotkey: len(row) for hotkey, row in losses.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"losses over different numbers of samples: {lengths}")
     if isinstance(rule, OldestHolder):
         scores = oldest_holder.judge(rule, hotkeys, table, entries, block, seed)
     else:
@@ -96,7 +101,7 @@ class WinMatrix:
 def win_matrix(
     losses: Mapping[str, Sequence[float]], commit_blocks: Mapping[str, int], block: int, rule: Scoring | Advantage
 ) -> WinMatrix:
-    """Pairwise comparison, sample by sample, under the advantage of any rule."""
+    """Pairwise comparison, sample by sample, under the advantage of any rule; of who was stopped, on what was measured."""
     hotkeys = tuple(sorted(losses, key=lambda hotkey: (commit_blocks[hotkey], hotkey)))
     table = _table(hotkeys, losses)
     factors = [advantage_factor(block - commit_blocks[hotkey], rule) for hotkey in hotkeys]
@@ -122,13 +127,15 @@ def _in_claim_order(
 
 
 def _table(hotkeys: Sequence[str], losses: Mapping[str, Sequence[float]]) -> Losses:
-    lengths = {hotkey: len(losses[hotkey]) for hotkey in hotkeys}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"losses over different numbers of samples: {lengths}")
-    table = np.empty((len(hotkeys), next(iter(lengths.values()), 0)))
+    """A row for each, NaN behind its last loss."""
+    lengths = [len(losses[hotkey]) for hotkey in hotkeys]
+    table = np.zeros((len(hotkeys), max(lengths, default=0)))
     for row, hotkey in enumerate(hotkeys):
-        table[row] = losses[hotkey]
-    return usable(table)
+        table[row, : lengths[row]] = losses[hotkey]
+    table = usable(table)
+    for row, length in enumerate(lengths):
+        table[row, length:] = np.nan
+    return table
 
 
 def _mean_delta(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

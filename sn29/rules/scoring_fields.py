@@ -146,6 +146,10 @@ class Champion(Section):
     near_copy: Annotated[Number, Field(ge=0, lt=0.1)] = 1e-3
     """Standard deviation of the per-sample log ratio of two models' losses below which they are the same model."""
     share: Share = Winner()
+    stop_error_rate: Annotated[Number, Field(ge=0, le=0.2)] = 0.02
+    """Probability, at most, that a challenger which is better by the advantage is ever stopped before the end of a window, all
+    windows of a reign together (`rules.sequential`); 0: everybody is measured in full. Who wins is better by more, and is
+    stopped far less often: `sn29 simulate sequential`."""
 
 
 Scoring = Annotated[

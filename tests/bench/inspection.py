@@ -127,7 +127,7 @@ class Validator:
         self._stores += 1
         self.store = Store(self._folder / f"store-{self._stores}.db")
         self._hub = Hub(self._served.endpoint)
-        self._ports = Ports(None, self._hub, self.store, None, None, self._machine)  # type: ignore[arg-type]
+        self._ports = Ports(None, self._hub, self.store, None, None, self._machine, None)  # type: ignore[arg-type]
 
     def listing(self, model: ModelId) -> str:
         return f"{len(self._hub.listing(model).files)} files"

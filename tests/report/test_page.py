@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recorded
 
 from sn29.errors import Reason
 from sn29.report import pictures
-from sn29.report.page import write_page
+from sn29.report.page import shown, write_page
 from sn29.report.style import variables
 
 VOID = {"meta", "br", "path", "use", "rect"}  # SVG's paths close themselves
@@ -132,6 +133,18 @@ CURVES = {
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = write_page(tmp_path_factory.mktemp("page") / "new" / "report.html", RECORDS, PUBLISHED, NAMES, CURVES, {"c00": 3.25})
     return path.read_text(encoding="utf-8")
+
+
+def test_who_was_stopped_is_compared_on_what_was_measured(tmp_path: Path) -> None:
+    table = recorded.losses(200, 50, ann=(0.0, 0.01), bob=(0.05, 0.01))
+    table["bob"] = table["bob"][:32]
+    found = recorded.round_record(7560, table, {"ann": 7000, "bob": 7100}, rule="champion", stopped={"bob": "why"})
+    path = write_page(tmp_path / "report.html", [shown(found)], {"ann": 1.0}, {}, {}, {})
+    said = Page(path.read_text(encoding="utf-8")).text()
+    assert "stopped after 32 of 200 samples, shown not to be better than the holder by its advantage" in said
+    num_bytes = sum(s.num_bytes for s in found.competitions["c00"].samples[:32])
+    assert f"{math.fsum(table['bob']) / 32:,.1f} {math.fsum(table['bob']) / math.log(2) / num_bytes:.3f}" in said
+    assert "bob on 0 of 32" in said
 
 
 @pytest.fixture(scope="module")

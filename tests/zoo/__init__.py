@@ -8,7 +8,7 @@
     files.py configs.py weights.py tokenizer_files.py copies.py     the hostile ones, by what is hostile in them
     serving.py           the loopback Hub with the zoo on it, and lies of a Hub that plays along with a miner
     judge.py             metadata, download, child: the way of a commitment, with what it cost and what it touched
-    lab.py               child processes that start in milliseconds, by forking one that has the libraries already
+    lab.py               child processes that tell what they open and run
 
 Each case names its row of threats.md (A1..A15, B1..B17).
 """

@@ -15,7 +15,7 @@ from sn29 import telemetry
 
 from .all_cases import all_cases, write
 from .case import Case, Copy, Twin
-from .judge import Child, Verdict, Zoo, lab, own_child, wrong
+from .judge import Child, Verdict, Zoo, lab, own_children, wrong
 from .open_cases import EXPECTED_OPEN
 
 
@@ -23,10 +23,8 @@ def main() -> int:
     """Exit status 1 when a case was judged wrong that is not known to be."""
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--judge", action="store_true", help="judge every case; a new interpreter for each that needs a child")
-    parser.add_argument(
-        "--lab", action="store_true", help="children forked from one interpreter: minutes instead of half an hour"
-    )
+    parser.add_argument("--judge", action="store_true", help="judge every case, with children as a round has them")
+    parser.add_argument("--lab", action="store_true", help="judge with children that are listened to (lab.py)")
     parser.add_argument("--only", default="", help="cases whose name or row has this in it, and their twins")
     asked = parser.parse_args()
     telemetry.configure(level="ERROR")
@@ -39,7 +37,7 @@ def main() -> int:
     if not asked.judge:
         return 0
     with tempfile.TemporaryDirectory() as run, ExitStack() as stack:
-        child = stack.enter_context(lab()) if asked.lab else own_child
+        child = stack.enter_context(lab() if asked.lab else own_children())
         zoo = stack.enter_context(Zoo(Path(run), wanted(cases, asked.only)))
         return report(zoo, child, canary)
 

@@ -1,14 +1,13 @@
 """A case's way through the validator: metadata from the Hub, the download, the child; what came out and what it cost.
 
-The same functions as a round calls, on a real Hub, store and disk. Two kinds of child: the validator's own
-(`worker.evaluate`: a new interpreter, 4 to 6 s each), or a fork of one that has the libraries (lab.py), which runs the
-same entry point.
+The same functions as a round calls, on a real Hub, store and disk. Two kinds of child, both forked from a process that has
+the libraries, both at the same entry point (`child.child`): the validator's own (`worker.Here`), or the lab's (lab.py), which
+are listened to.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import math
@@ -26,10 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from sn29 import examination
+from sn29 import examination, measurement
 from sn29.errors import Rejected, Unavailable
 from sn29.evaluation import worker
+from sn29.evaluation.forkserver import environment
+from sn29.evaluation.head import tiles_for
+from sn29.evaluation.profile import ROW_TOKENS, Profile
 from sn29.examination import Entrant, FixedText, Machine, Ports, Rules
 from sn29.hub import Hub
 from sn29.models import checkpoint
@@ -114,7 +117,7 @@ class Zoo:
         machine = Machine(folder / "models", folder / "records", "cpu", "float32", 1, DEADLINE_S, 20.0)
         store = Store(folder / "store.db")
         reader = Hub(self.hub.endpoint, timeout_s=5.0, attempts=1)
-        self._ports = Ports(None, reader, store, None, lambda fixed: FixedText(tokenizer, 258), machine)  # type: ignore[arg-type]
+        self._ports = Ports(None, reader, store, None, lambda fixed: FixedText(tokenizer, 258), machine, None)  # type: ignore[arg-type]
         self._rules = Rules(
             {
                 "c00": parse_file("c00", RULES.format(families="LlamaForCausalLM", tokenizer=FIXED)),
@@ -161,7 +164,7 @@ class Zoo:
         found = child(job, DEADLINE_S, needed)
         spent = {"child_s": found.wall_s, "child_bytes": found.peak_bytes, "events": self._unusual(found, folder)}
         if isinstance(found.result, Scored):
-            failure = examination.unfit(found.result.losses, 1)
+            failure = measurement.unfit(found.result.losses, 1)
             if failure is None:
                 return Verdict(CHILD, "", "", entrant, found.result, **cost, **spent)
             return Verdict(CHILD, failure.reason.code, str(failure), entrant, found.result, **cost, **spent)
@@ -215,11 +218,12 @@ class Zoo:
         return worker.Job(
             checkpoint=str(folder),
             tokenizer=str(self.folder / "tokenizer.json" if fixed else folder / "tokenizer.json"),
-            start_token=examination.start_token_of(entrant.admitting, entrant.facts),
+            start_token=measurement.start_token_of(entrant.admitting, entrant.facts),
             max_tokens=500,
             dtype="float32",
             device="cpu",
             threads=1,
+            profile=_profile(entrant.facts.vocab_size),
             samples=self._samples,
             files=entrant.listing.files,
         )
@@ -228,6 +232,11 @@ class Zoo:
         """What the child did, less what it may: write its result, load what belongs to Python and to the libraries."""
         allowed = ("write " + found.folder, "write /dev/null", "write /proc/self/", "ctypes.dlopen")
         return tuple(event for event in found.events if not event.startswith(allowed))
+
+
+def _profile(vocab_size: int) -> Profile:
+    """As a validator chooses it on a CPU for a vocabulary that is too small for the compiler."""
+    return Profile(ROW_TOKENS["cpu"], tiles_for(torch.device("cpu"), vocab_size, compiled=False), "documents")
 
 
 def _code(error: Rejected | Unavailable) -> str:
@@ -309,29 +318,45 @@ class Found:
 Child = Callable[[worker.Job, float, int], Found]
 
 
-def own_child(job: worker.Job, deadline_s: float, memory_bytes: int) -> Found:
-    """The validator's own, started as a round starts it."""
-    began, stop, peaks = time.monotonic(), threading.Event(), [0]
-    watcher = threading.Thread(target=_watch_children, args=(stop, peaks))
-    watcher.start()
-    try:
-        evaluated = asyncio.run(worker.evaluate(job, deadline_s=deadline_s, memory_bytes=memory_bytes))
-        result: Scored | Rejected | Unavailable = _scored(evaluated)
-    except (Rejected, Unavailable) as error:
-        result = error
-    finally:
-        stop.set()
-        watcher.join()
-    return Found(result, time.monotonic() - began, peaks[0])
+@contextmanager
+def own_children() -> Iterator[Child]:
+    """The validator's own, forked by its `Here` as in a round."""
+    with tempfile.TemporaryDirectory(prefix="sn29-zoo-") as folder, asyncio.Runner() as runner:
+        here = worker.Here(Path(folder))
+
+        def child(job: worker.Job, deadline_s: float, memory_bytes: int) -> Found:
+            began, stop, peaks = time.monotonic(), threading.Event(), [0]
+            watcher = threading.Thread(target=_watch_forked, args=(stop, peaks))
+            watcher.start()
+            try:
+                evaluated = runner.run(here.evaluate(job, deadline_s=deadline_s, memory_bytes=memory_bytes))
+                result: Scored | Rejected | Unavailable = _scored(evaluated)
+            except (Rejected, Unavailable) as error:
+                result = error
+            finally:
+                stop.set()
+                watcher.join()
+            return Found(result, time.monotonic() - began, peaks[0])
+
+        try:
+            runner.run(here.self_test(device="cpu", dtype="float32", threads=1))  # the fork server is there
+            yield child
+        finally:
+            runner.run(here.close())
 
 
-def _watch_children(stop: threading.Event, peaks: list[int]) -> None:
-    """Peak memory of this process's children, some 50 times a second. What the kernel tells at a child's end begins with the
-    parent's own."""
+def _watch_forked(stop: threading.Event, peaks: list[int]) -> None:
+    """Peak memory of what this process's children have forked, some 50 times a second."""
     while not stop.wait(0.02):
-        for listed in Path("/proc/self/task").glob("*/children"):
-            with contextlib.suppress(OSError):  # ended meanwhile
-                peaks[0] = max(peaks[0], *(_status("VmHWM", pid) for pid in listed.read_text().split()), 0)
+        for server in _children("self"):
+            peaks[0] = max(peaks[0], *(_status("VmHWM", pid) for pid in _children(server)), 0)
+
+
+def _children(pid: str) -> list[str]:
+    try:
+        return [child for listed in Path(f"/proc/{pid}/task").glob("*/children") for child in listed.read_text().split()]
+    except OSError:  # ended meanwhile
+        return []
 
 
 def _scored(evaluated: worker.Evaluated) -> Scored:
@@ -344,9 +369,9 @@ def lab() -> Iterator[Child]:
     script = Path(__file__).with_name("lab.py")
     source = str(Path(worker.__file__).parents[2])
     path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    ours = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-P", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-P", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ours
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -355,7 +380,7 @@ def lab() -> Iterator[Child]:
     def child(job: worker.Job, deadline_s: float, memory_bytes: int) -> Found:
         with tempfile.TemporaryDirectory(prefix="sn29-zoo-") as folder:
             task = worker.write_job(job, Path(folder), memory_bytes, deadline_s)
-            asked = {"job": str(task), "folder": folder, "deadline_s": deadline_s, "environment": worker._environment(folder)}
+            asked = {"job": str(task), "folder": folder, "deadline_s": deadline_s, "environment": environment(folder)}
             process.stdin.write(json.dumps(asked) + "\n")
             process.stdin.flush()
             ended = json.loads(process.stdout.readline())
@@ -396,5 +421,8 @@ class _Memory:
 
 def _status(name: str, pid: str = "self") -> int:
     """Bytes of a line of /proc/PID/status; 0 of a process that has ended."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")), 0)

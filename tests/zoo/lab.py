@@ -1,16 +1,17 @@
-"""Child processes that start in milliseconds: this one imports the libraries and forks itself for every job.
+"""Children that are listened to: this process imports the libraries and forks itself for every job, as the fork server does.
 
     stdin    {"job": path of job.json, "folder": working folder, "deadline_s": 60, "environment": {...}}      one line each
     stdout   {"status": exit status or -signal, "late": false, "rss_kb": peak, "wall_s": ..., "events": [...]}
 
-In the fork runs `sn29.evaluation.worker.main`, the entry point of the validator's own child: confinement, parsers,
-probes, losses. Only the five seconds of imports are shared. An audit hook tells what it opened for writing and what it
-ran; it can tell no more than Python does: Rust opens files unheard.
+In the fork runs `sn29.evaluation.child.child`, the entry point of the validator's own child: confinement, parsers, probes,
+losses. An audit hook tells what it opened for writing and what it ran; it can tell no more than Python does: Rust opens files
+unheard.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -19,33 +20,29 @@ import sys
 import time
 from typing import Any
 
+from sn29.evaluation.child import child
+from sn29.evaluation.forkserver import LIBRARIES
+
 # What tells that a repository's code runs, or that the child does more than read a model.
 _TELLING = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class", "os.fork", "shutil.rmtree",
             "os.remove", "os.symlink", "socket.connect", "ctypes.dlopen")  # fmt: skip
 
 
 def main() -> None:
-    import safetensors.torch  # noqa: F401
-    import tokenizers  # noqa: F401
-    import torch  # noqa: F401
-    from transformers import LlamaForCausalLM, Phi3ForCausalLM, PhiForCausalLM  # noqa: F401
-
-    import sn29.evaluation.worker
-    import sn29.models.checkpoint
-    import sn29.models.tokenizer
-
+    for name in LIBRARIES:
+        importlib.import_module(name)
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(_run(json.loads(line), sn29.evaluation.worker.main)), flush=True)
+        print(json.dumps(_run(json.loads(line))), flush=True)
 
 
-def _run(asked: dict[str, Any], work: Any) -> dict[str, Any]:
+def _run(asked: dict[str, Any]) -> dict[str, Any]:
     heard, tell = os.pipe()
     began = time.monotonic()
     pid = os.fork()
     if pid == 0:
         os.close(heard)
-        _child(asked, work, tell)
+        _child(asked, tell)
     os.close(tell)
     descriptor = os.pidfd_open(pid)
     late = not select.select([descriptor], [], [], asked["deadline_s"])[0]
@@ -64,7 +61,7 @@ def _run(asked: dict[str, Any], work: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _child(asked: dict[str, Any], work: Any, tell: int) -> None:
+def _child(asked: dict[str, Any], tell: int) -> None:
     """Never returns."""
     try:
         os.setsid()
@@ -75,10 +72,9 @@ def _child(asked: dict[str, Any], work: Any, tell: int) -> None:
         nothing = os.open(os.devnull, os.O_RDWR)
         for descriptor, to in ((nothing, 0), (nothing, 1), (errors, 2)):
             os.dup2(descriptor, to)
-        sys.argv = ["worker", asked["job"]]
         os.set_blocking(tell, False)
         sys.addaudithook(_hook(tell))
-        work()
+        child(asked["job"], None)
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1

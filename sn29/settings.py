@@ -390,7 +390,7 @@ class BenchStreamSettings(_Settings):
     model: str = _flag("llama-8k", "a model of `sn29 bench eval`", "model")
     device: str = _flag("cpu", "cpu or cuda", "device")
     dtype: Literal["float32", "bfloat16"] = _flag("bfloat16", "number format", "dtype")
-    share: float = _flag(0.25, "memory that it may use, as a share of its weights; never less than it needs", "share", ge=0, le=1)
+    share: float = _flag(0.25, "memory that it may use, as a share of its weights; never less than it needs", "share", ge=0)
     samples: int = _flag(1, "samples; few leave the disk the slower one", "samples", ge=1)
     max_tokens: int = _flag(16, "tokens of the longest sample", "max-tokens", ge=1)
     row_tokens: int = _flag(64, "tokens of a packed row", "row-tokens", ge=64)

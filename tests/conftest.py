@@ -23,6 +23,19 @@ os.environ["BITTENSOR_RUNTIME_CACHE_DIR"] = _CACHES.name  # the SDK's, by genesi
 os.environ["BTCLI_TOKEN_SYMBOLS_CACHE"] = str(Path(_CACHES.name) / "token_symbols.json")
 
 
+_LONG = (
+    "test_the_demo_tells_its_story",
+    "test_a_validator_killed_at_every_stage_ends_where_an_undisturbed_one_does",
+    "test_a_thousand_operations_under_random_faults_lose_nothing_and_write_nothing_twice",
+)
+"""Tests of minutes, most of them waiting for blocks."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: one process has them to itself, and the others the rest, instead of all waiting for it at the end."""
+    items.sort(key=lambda item: item.name.partition("[")[0] not in _LONG)
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make_checkpoint(family, seed=0, **config) -> folder as save_pretrained writes it; a model of some 20,000 parameters."""

@@ -288,9 +288,7 @@ class _Work:
                     try:
                         return await _evaluate(ports, self.entrant, job, self.block, decide)
                     except FileChanged as error:
-                        if error.path not in {
-                            file.path for file in job.files
-                        }:  # the name is the child's: we delete none but these
+                        if all(error.path != file.path for file in job.files):  # the name is the child's
                             raise
                         warn("disk", f"{error}; thrown away", hotkey=commitment.hotkey)
                         _throw_away(folder / error.path)

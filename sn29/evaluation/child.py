@@ -206,10 +206,12 @@ class _Model(Protocol):
 def _model(job: dict[str, Any], largest: int, samples: Sequence[Sequence[int]]) -> Iterator[_Model]:
     """The model, ready: all of it in memory, or layer by layer where it may not take so much.
 
-    Raises Rejected as `checkpoint.load`, VOCABULARY for an id that it has no row for, and Unavailable for too little memory.
+    Raises Rejected as `checkpoint.load`, VOCABULARY for an id that it has no row for, and Unavailable for too little memory,
+    and where it cannot be computed as the profile says.
     """
     import torch
 
+    from sn29.evaluation.head import fold_for
     from sn29.evaluation.streamed import Streamed, needs_streaming
     from sn29.models.config import parse_config
 
@@ -218,6 +220,8 @@ def _model(job: dict[str, Any], largest: int, samples: Sequence[Sequence[int]]) 
     config = parse_config((folder / "config.json").read_bytes())
     if largest >= config.number("vocab_size"):
         raise Rejected(Reason.VOCABULARY, f"{config.number('vocab_size')} rows", f"a row for the id {largest}")
+    if why := fold_for(profile.tiles, dtype, torch.device(job["device"]), 1)[1]:  # other bits would be kept as the profile's
+        raise Unavailable("evaluation", f"the compiled output layer is not there: {why}")
     allowed, longest = job["model_bytes"], max(map(len, samples), default=1)
     if allowed is None or not needs_streaming(config, dtype, profile, longest, allowed, job["threads"]):
         yield _Resident(load(folder, dtype=dtype, device=job["device"]), job, profile)
@@ -229,15 +233,11 @@ def _model(job: dict[str, Any], largest: int, samples: Sequence[Sequence[int]]) 
 
 class _Resident:
     def __init__(self, model: PreTrainedModel, job: dict[str, Any], profile: Profile) -> None:
-        """Raises Unavailable for a model that cannot be evaluated as the profile says: the fault is ours, whatever it is."""
-        from sn29.evaluation.head import fold_for
+        """Raises Unavailable for a model that cannot be packed: families that are allowed can, so the fault is ours."""
         from sn29.evaluation.packed import refusal
 
         if why := refusal(model):
             raise Unavailable("evaluation", f"{type(model).__name__}: {why}")
-        wanted, weight = profile.tiles, model.get_output_embeddings().weight
-        if why := fold_for(wanted, weight.dtype, weight.device, 1)[1]:
-            raise Unavailable("evaluation", f"the compiled output layer is not there: {why}")
         self._model, self._job, self._profile, self._compared = model, job, profile, False
 
     def probe(self, seed: str) -> Probes:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sn29.errors import Reason, Rejected, Sn29Error, Unavailable, shown
+from sn29.evaluation.child import processor
 from sn29.evaluation.forkserver import environment
 from sn29.evaluation.probes import Probes
 from sn29.evaluation.worker import Chosen, Evaluated, Evaluator, FileChanged, Job
@@ -142,8 +143,8 @@ class Worker:
         """`memory_bytes` is the machine's."""
         if self._device != "cpu":
             memory_bytes = _gpu_memory()
-        processor = _processor() if self._device == "cpu" else ""
-        return Facts(node, platform.node(), os.getpid(), os.getppid(), memory_bytes, processor, versions())
+        name = processor() if self._device == "cpu" else ""
+        return Facts(node, platform.node(), os.getpid(), os.getppid(), memory_bytes, name, versions())
 
     def choose(self, vocab_size: int, dtype: str) -> Chosen | Failure:
         found: Chosen | Failure = self._wait(_told(self._evaluator.choose(vocab_size, device=self._device, dtype=dtype)))
@@ -279,11 +280,6 @@ def _forget_secrets() -> None:
 def versions() -> dict[str, str]:
     """Of what decides a number, as installed here."""
     return {name: importlib.metadata.version(name) for name in _PINNED}
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _gpu_memory() -> int:

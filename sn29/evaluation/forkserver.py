@@ -61,7 +61,7 @@ class ForkServer:
     """The validator's side: starts the server when it is first needed, and again when it has died.
 
         async with ForkServer(cache) as server:
-            status = await server.run("sn29.evaluation.worker:child", "/a/folder/job.json", folder=..., deadline_s=900)
+            status = await server.run("sn29.evaluation.child:child", "/a/folder/job.json", folder=..., deadline_s=900)
 
     Belongs to one event loop.
     """

@@ -424,9 +424,10 @@ def test_a_server_that_was_started_again_has_the_compiled_fold_again_or_says_so(
             os.kill(here._server._process.pid, signal.SIGKILL)
             while here._server._control is not None:
                 await asyncio.sleep(0.01)
-            with pytest.raises(Unavailable, match="the compiled output layer is not there") as failed:
-                await here.evaluate(task, deadline_s=120, memory_bytes=BASE_BYTES)
-            assert not isinstance(failed.value, ChildEnded)
+            for again in (task, replace(task, model_bytes=1)):  # resident, and streamed
+                with pytest.raises(Unavailable, match="the compiled output layer is not there") as failed:
+                    await here.evaluate(again, deadline_s=120, memory_bytes=BASE_BYTES)
+                assert not isinstance(failed.value, ChildEnded)
             assert await here.choose(20_000, device="cpu", dtype="float32") == chosen
             assert await here.evaluate(task, deadline_s=120, memory_bytes=BASE_BYTES) == before
 

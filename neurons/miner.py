@@ -1,7 +1,7 @@
 """The miner: `python neurons/miner.py --help`, or `sn29 miner --help`.
 
-Trains a model on the competition's kind of text (or takes the folder that --model names), checks it as a validator would,
-publishes it as one commit on the Hub, commits to it on chain, reads the commitment back. Killed anywhere, it goes on.
+Trains a model on the competition's kind of text, measures it by the validators' own rule, publishes it when it would win,
+follows up what became of it and trains on: see `sn29.mining` for the loop. With --model it publishes that folder and ends.
 
 The repository is private from before the upload until the commitment is final. With --sealed the chain gets the digest
 alone first, and where the model is when that is final; see `sn29.submission` for the order of the steps.
@@ -10,20 +10,31 @@ alone first, and where the model is when that is final; see `sn29.submission` fo
 from __future__ import annotations
 
 import asyncio
-import shutil
+import fcntl
+import signal
 import sys
-from collections.abc import Iterator, Mapping
-from itertools import count
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from sn29 import telemetry
 from sn29.errors import Reason, Rejected, Sn29Error
-from sn29.rules.competition import Competition, HubDataset, tokenizer_for
+from sn29.rules.competition import Competition, tokenizer_for
 from sn29.settings import MinerSettings, read
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from neurons.adapters import Tokenizers
+    from sn29.chain import Chain
+    from sn29.evaluation.worker import Evaluator
     from sn29.hub import Hub
+    from sn29.mining import Chance, Plan, Slice, Tools
+    from sn29.records import Commitment
+    from sn29.rules.schedule import CompetitionFile
     from sn29.submission import FixedText
 
 
@@ -31,51 +42,82 @@ Chosen = TypeVar("Chosen")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 when the commitment stands on chain, 1 when something was refused, with one line that says what."""
+    """Exit status: 0 when all that was asked for is done, 1 when something was refused, with one line that says what."""
     try:
         settings = read(MinerSettings, sys.argv[1:] if arguments is None else arguments)
         telemetry.configure(as_json=settings.log_json, level=settings.log_level, file=settings.log_file)
+        if settings.publish_now:
+            return _ask_to_publish(settings)
         asyncio.run(run(settings))
     except Sn29Error as error:
         print(f"sn29 miner: {error}", file=sys.stderr)
         if isinstance(error, Rejected):
             print(f"  what to do: {error.reason.advice}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         print("sn29 miner: stopped; start again with the same --work.dir to go on", file=sys.stderr)
         return 1
     return 0
 
 
-async def run(settings: MinerSettings) -> None:
-    """Train, check, publish, commit."""
-    from neurons.adapters import Tokenizers, open_chain, read_files
-    from sn29.hub import Hub
-    from sn29.rules.schedule import in_force
-    from sn29.submission import FixedText, check, submit
+def _ask_to_publish(settings: MinerSettings) -> int:
+    from sn29.mining import ask_to_publish
 
+    path = ask_to_publish(settings.work_dir, give_up_crown=settings.give_up_crown)
+    print(f"asked for in {path}: the miner of this folder publishes its checkpoint when its next forecast is due")
+    return 0
+
+
+async def run(settings: MinerSettings) -> None:
+    """The loop, or the submission of --model."""
+    from neurons.adapters import Tokenizers, open_chain, read_files
+    from sn29.evaluation.worker import Here
+    from sn29.hub import Hub
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _this_task().cancel)
     file = chosen(read_files(settings).files, settings.competition)
     if "/" not in settings.repo:
         raise Rejected(Reason.SETTING, settings.repo or "nothing", "namespace/name", "--repo")
+    _check_records(settings)
     hub = Hub(settings.hub_endpoint, token=settings.hub_token or None)
     chain = open_chain(settings)  # a missing key is said now, not after the training
-    async with chain:
-        competition = in_force(file, (await chain.head()).block)
-    own = settings.model is None or (settings.model / "tokenizer.json").exists()
-    prescribed = tokenizer_for(competition, own)
-    tokenizers = Tokenizers(hub, settings.work_dir / "tokenizers")
-    fixed = FixedText(*tokenizers(prescribed)) if prescribed else None
-    telemetry.tell("started", f"miner {chain.hotkey} for {competition.name}", hotkey=chain.hotkey)
-    folder = settings.model or train(settings, competition, hub, fixed)
-    checked = await check(folder, competition, fixed, threads=settings.threads, deadline_s=900)
-    for refusal in checked.refusals:
-        telemetry.warn("check", str(refusal), hotkey=chain.hotkey, reason=refusal.reason.code)
-    if checked.refusals and not settings.force:
-        raise checked.refusals[0]
-    if not checked.refusals:
-        telemetry.tell("check", "a validator would evaluate this model", hotkey=chain.hotkey)
-    async with chain:
-        await submit(chain, hub, folder, settings.repo, competition, fixed, sealed=settings.sealed, force=settings.force)
+    with alone(settings.work_dir):
+        async with Here() as here:
+            miner = _Miner(settings, file, chain, hub, Tokenizers(hub, settings.work_dir / "tokenizers"), here)
+            await (miner.loop() if settings.model is None else miner.submit_once(settings.model))
+
+
+def _this_task() -> asyncio.Task[object]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
+def _check_records(settings: MinerSettings) -> None:
+    """What the loop needs is said before it trains. Raises Rejected(SETTING)."""
+    from neurons.training import CHAMPION
+
+    if settings.records is not None and not settings.records.exists():
+        raise Rejected(Reason.SETTING, f"no {settings.records}", "a folder of a validator's round records", "--records")
+    if settings.records is None and settings.model is None and settings.publish_at > 0:
+        wanted = "a folder of a validator's round records; or --publish-at 0, to publish without a forecast"
+        raise Rejected(Reason.SETTING, "no --records", wanted, "--publish-at")
+    if settings.records is None and settings.model is None and settings.start == CHAMPION:
+        raise Rejected(Reason.SETTING, "no --records", "a folder of a validator's round records", f"--start {CHAMPION}")
+
+
+@contextmanager
+def alone(work_dir: Path) -> Iterator[None]:
+    """A lock that ends with the process. Raises Rejected(SETTING) when another miner works in the folder, Unavailable."""
+    from neurons.slices import opened_for_lock
+
+    with opened_for_lock(work_dir / "lock") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            got, rule = f"a miner that works in {work_dir}", "a --work.dir of its own"
+            raise Rejected(Reason.SETTING, got, rule, "--work.dir") from None
+        yield
 
 
 def chosen(competitions: Mapping[str, Chosen], name: str) -> Chosen:
@@ -85,103 +127,145 @@ def chosen(competitions: Mapping[str, Chosen], name: str) -> Chosen:
     return competitions[name]
 
 
-def train(settings: MinerSettings, competition: Competition, hub: Hub, fixed: FixedText | None) -> Path:
-    """A new model of the settings' shape, trained on the data set's training files; the checkpoint's folder."""
-    import torch
-
-    from sn29.models.tokenizer import Tokenizer
-    from sn29.training.trainer import Progress, Recipe, Shape
-    from sn29.training.trainer import train as train_model
-
-    torch.set_num_threads(settings.threads)
-    path = fixed.path if fixed else settings.tokenizer
-    if path is None:
-        raise Rejected(Reason.SETTING, "no --tokenizer", f"a tokenizer.json: {competition.name} has a free one", "--tokenizer")
-    tokenizer = Tokenizer.load(path)
-    texts = training_files(settings, competition, hub)
-    shape = Shape(
-        family=settings.family or competition.families[0],
-        vocab_size=tokenizer.largest_id() + 1,
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_layers=settings.num_layers,
-        num_heads=settings.num_heads,
-        max_positions=competition.limits.max_tokens,
-        tied=settings.tied,
-        start_token=start_token(competition, tokenizer),
-    )
-    recipe = Recipe(
-        steps=settings.steps,
-        batch_tokens=settings.batch_tokens,
-        max_tokens=settings.max_tokens,
-        learning_rate=settings.learning_rate,
-        warmup_steps=max(1, settings.steps // 20),
-        weight_decay=0.01,
-        clip=1.0,
-        seed=settings.seed,
-        checkpoint_every=100,
-        count_documents=2000 if settings.min_count else 0,
-        min_count=max(1, settings.min_count),
-    )
-
-    def report(progress: Progress) -> None:
-        if progress.step == 1 or progress.step % 20 == 0 or progress.step == recipe.steps:
-            telemetry.tell(
-                "training", f"step {progress.step} of {recipe.steps}", step=progress.step, steps=recipe.steps,
-                loss=round(progress.loss_per_token, 4), tokens=progress.tokens_seen,
-            )  # fmt: skip
-
-    def documents(skip: int) -> Iterator[list[int]]:
-        return tokenised(tokenizer, texts, competition.dataset.column, settings.seed, skip)
-
-    folder = train_model(settings.work_dir / "training", shape, documents, recipe, report, settings.start)
-    if fixed is None:
-        shutil.copyfile(path, folder / "tokenizer.json")
-    return folder
+async def in_thread(work: Callable[[], Path], over: threading.Event) -> Path:
+    """Whoever cancels it sets `over`, and it ends when the work has; whatever the work raises then, it stays cancelled."""
+    task = asyncio.create_task(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        over.set()
+        with suppress(Sn29Error):
+            await task
+        raise
 
 
-def tokenised(tokenizer, files, column: str, seed: int, skip: int) -> Iterator[list[int]]:  # type: ignore[no-untyped-def]
-    """Token ids of the training documents from number `skip` on, for ever: pass after pass, each in another order."""
-    from sn29.corpus import documents
+@dataclass(frozen=True, slots=True)
+class _Miner:
+    """What the loop's tools are made of."""
 
-    number = 0
-    for passes in count():
-        for text in documents(files, column, seed=seed + passes, shuffle_buffer=1000):
-            if number >= skip:  # reading on is cheap (15,000 documents: 0.1 s), tokenising is not
-                yield tokenizer.encode(text)
-            number += 1
+    settings: MinerSettings
+    file: CompetitionFile
+    chain: Chain
+    hub: Hub
+    tokenizers: Tokenizers
+    evaluator: Evaluator
+    told: set[str] = field(default_factory=set)
+    """Warnings of forecasts, each of which is told once."""
 
+    async def loop(self) -> None:
+        from sn29.mining import Plan, mine
 
-def start_token(competition: Competition, tokenizer) -> int:  # type: ignore[no-untyped-def]
-    """The competition's, else the tokenizer's own beginning or end of text."""
-    if competition.tokenizer.start_token is not None:
-        return competition.tokenizer.start_token
-    found = (tokenizer.id_of(token) for token in ("<s>", "<|endoftext|>", "</s>"))
-    return next((token for token in found if token is not None), 0)
+        s = self.settings
+        telemetry.tell("started", f"miner {self.chain.hotkey} for {s.competition}", hotkey=self.chain.hotkey)
+        start = str(Path(s.start).expanduser().absolute()) if s.start and Path(s.start).expanduser().is_dir() else s.start
+        plan = Plan(
+            s.work_dir, s.publish_at, s.forecast_every, s.steps, s.cycles, start, s.records, s.follow, s.give_up_crown, s.poll_s
+        )
+        state = await mine(self._tools(plan), plan)
+        what = f"{state.published}: {state.judged or 'not judged yet'}" if state.published else "nothing was published"
+        telemetry.tell("over", f"{state.run} training runs are done; {what}", hotkey=self.chain.hotkey)
 
+    def _tools(self, plan: Plan) -> Tools:
+        from neurons.adapters import dataset_of
+        from sn29.mining import Tools
 
-def training_files(settings: MinerSettings, competition: Competition, hub: Hub) -> tuple[Path, ...]:
-    """The data set's training files on this disk, fetched and verified first when it lives on the Hub."""
-    from fnmatch import fnmatch
+        dataset = dataset_of(self.hub, self.settings.competitions_dir)
+        return Tools(
+            self.chain, self._rules_at, dataset, self.settings.repo, self._train, lambda f: self._forecast(f, plan), self._publish
+        )
 
-    from sn29.hub import HubDataset as DatasetFiles
-    from sn29.models.fetch import fetch
-    from sn29.records import ModelId
+    async def submit_once(self, folder: Path) -> None:
+        """Publishes the folder, and with --records waits for what becomes of it. Raises Rejected(SETTING) where that gives the
+        crown up."""
+        from sn29.mining import crown_at_stake, holder_in, note
+        from sn29.submission import follow_up, stands, verdict
 
-    pattern, source = settings.text or competition.dataset.files, competition.dataset
-    if isinstance(source, HubDataset):
-        namespace, _, name = source.hub.partition("/")
-        revision = source.revision or hub.resolve(source.hub, "dataset")
-        folder = settings.work_dir / "text" / revision
-        files_of = DatasetFiles(hub, source.hub, revision)
-        listing = hub.listing(ModelId(namespace, name, revision), "dataset")
-        fetch(files_of, listing, folder, only=lambda path: fnmatch(path, pattern), deadline_s=24 * 3600)
-    else:
-        folder = settings.competitions_dir / source.folder
-    found = tuple(sorted(p for p in folder.rglob("*.parquet") if fnmatch(p.relative_to(folder).as_posix(), pattern)))
-    if not found:
-        raise Rejected(Reason.SETTING, pattern, "a pattern that matches a file of the data set", "--text")
-    return found
+        telemetry.tell("started", f"miner {self.chain.hotkey} for {self.settings.competition}", hotkey=self.chain.hotkey)
+        s, (block, competition) = self.settings, await self._rules_now()
+        if not s.give_up_crown and not await stands(self.chain, folder):
+            known = holder_in(s.records, s.competition, block) if s.records else None
+            holder = (known.hotkey if known else "") if s.records else None
+            if why := await crown_at_stake(self.chain, competition, holder):
+                raise Rejected(Reason.SETTING, why, "a hotkey that has nothing to lose, or --give-up-crown", "--wallet.hotkey")
+        commitment = await self._publish(folder)
+        note(s.work_dir, commitment, folder)
+        length = competition.samples.window_blocks
+        if s.records is None:
+            return
+        async with self.chain:
+            found = await follow_up(self.chain, s.records, commitment, window_blocks=length, windows=s.follow, poll_s=s.poll_s)
+        if found is None:
+            telemetry.warn("unknown", f"{commitment.model}: no record of {s.follow} windows names it", hotkey=commitment.hotkey)
+        else:
+            telemetry.tell("judged", verdict(found), hotkey=commitment.hotkey, status=found.outcome.status, block=found.block)
+
+    # the tools
+
+    def _rules_at(self, block: int) -> Competition:
+        from sn29.rules.schedule import in_force
+
+        return in_force(self.file, block)
+
+    async def _rules_now(self) -> tuple[int, Competition]:
+        async with self.chain:
+            block = (await self.chain.head()).block
+        return block, self._rules_at(block)
+
+    def _fixed(self, competition: Competition, *, own: bool) -> FixedText | None:
+        """The competition's tokenizer; None where models bring their own."""
+        prescribed = tokenizer_for(competition, own)
+        return self.tokenizers(prescribed) if prescribed else None
+
+    async def _train(self, asked: Slice) -> Path:
+        """In a thread, so that a signal is heard: the checkpoint is written, and then it ends."""
+        from neurons.slices import train_in_processes
+        from neurons.training import train_for
+
+        block, competition = await self._rules_now()
+        # Another run on the same text reads it in another order.
+        settings = self.settings.model_copy(update={"seed": self.settings.seed + asked.run - 1})
+        if settings.processes > 1:
+            return await train_in_processes(settings, block, asked)
+        over = threading.Event()
+        return await in_thread(lambda: train_for(settings, competition, self.hub, asked, over.is_set), over)
+
+    async def _forecast(self, folder: Path, plan: Plan) -> Chance:
+        from neurons.adapters import dataset_of
+        from sn29.forecast import forecast
+        from sn29.mining import Chance
+
+        s, (block, competition) = self.settings, await self._rules_now()
+        fixed = await asyncio.to_thread(self._fixed, competition, own=(folder / "tokenizer.json").exists())
+        found = await forecast(
+            folder, competition, fixed, plan.records, dataset_of(self.hub, s.competitions_dir), self.evaluator,
+            threads=s.threads, deadline_s=s.evaluation_deadline_s, device=s.forecast_device or s.train_device, now=block,
+            hotkey=self.chain.hotkey,
+        )  # fmt: skip
+        for warning in found.warnings:
+            if warning not in self.told:
+                self.told.add(warning)
+                telemetry.warn("forecast", warning, hotkey=self.chain.hotkey)
+        for refusal in found.refusals:
+            telemetry.warn("check", str(refusal), hotkey=self.chain.hotkey, reason=refusal.reason.code)
+        return Chance(found.probability, found.said, found.behind)
+
+    async def _publish(self, folder: Path) -> Commitment:
+        """The checks of a validator, then the submission. Raises Rejected when they refuse it, unless it is forced."""
+        from sn29.submission import check, submit
+
+        s, competition = self.settings, (await self._rules_now())[1]
+        fixed = await asyncio.to_thread(self._fixed, competition, own=(folder / "tokenizer.json").exists())
+        checked = await check(
+            folder, competition, fixed, threads=s.threads, deadline_s=s.evaluation_deadline_s, evaluator=self.evaluator
+        )  # fmt: skip
+        for refusal in checked.refusals:
+            telemetry.warn("check", str(refusal), hotkey=self.chain.hotkey, reason=refusal.reason.code)
+        if checked.refusals and not s.force:
+            raise checked.refusals[0]
+        if not checked.refusals:
+            telemetry.tell("check", "a validator would evaluate this model", hotkey=self.chain.hotkey)
+        async with self.chain:
+            return await submit(self.chain, self.hub, folder, s.repo, competition, fixed, sealed=s.sealed, force=s.force)
 
 
 if __name__ == "__main__":

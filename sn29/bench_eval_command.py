@@ -49,6 +49,7 @@ class Size:
 
 SIZES = {
     "tiny": Size("Llama", 1_000, 64, 192, 2, 4, 2),
+    "llama-2k": Size("Llama", 2_048, 128, 384, 4, 4, 4),
     "llama-100k": Size("Llama", 100_277, 384, 1_024, 6, 6, 6),
     "phi3-32k": Size("Phi3", 32_064, 384, 1_024, 6, 6, 6),
     "phi-50k": Size("Phi", 51_200, 384, 1_536, 6, 6, 6),
@@ -57,7 +58,7 @@ SIZES = {
     "phi3-3.8b": Size("Phi3", 32_064, 3_072, 8_192, 32, 32, 32),
     "6.9b": Size("Llama", 100_277, 4_096, 11_008, 30, 32, 32),
 }
-"""Name -> model. The first five are for a CPU; the largest has 6.89 billion parameters."""
+"""Name -> model. The first six are for a CPU; the largest has 6.89 billion parameters."""
 
 # (kind of device, model, dtype) -> ratio to the plain twin that the issue sets as a goal
 GOALS = {
@@ -163,9 +164,9 @@ def measure(settings: BenchEvalSettings) -> Report:
     inside.reset()
     for _ in range(settings.times):
         for name, run in engines.items():
-            begun, wall = _clock(device), time.perf_counter()
+            begun, wall = clock(device), time.perf_counter()
             run()
-            seconds[name].append(_clock(device) - begun)
+            seconds[name].append(clock(device) - begun)
             if name == "packed":
                 walls.append(time.perf_counter() - wall)
     lanes = settings.threads if device.type == "cpu" else 1
@@ -182,7 +183,7 @@ def measure(settings: BenchEvalSettings) -> Report:
     utilisation = flops / statistics.median(walls) / rate
     ceiling = statistics.median(seconds["plain"]) / (flops / (rate / lanes))
     report = Report(
-        settings.model, settings.dtype, _device_name(device), settings.threads, model.num_parameters(), len(samples), tokens,
+        settings.model, settings.dtype, device_name(device), settings.threads, model.num_parameters(), len(samples), tokens,
         settings.times, str(profile), _fill(samples, profile.row_tokens), figures, share_outside, rate, utilisation, ceiling,
     )  # fmt: skip
     report.goals.extend(_goals(report, device.type))
@@ -291,7 +292,7 @@ class _Inside:
         return float(sum(start.elapsed_time(stop) for start, stop in self._spans)) / 1000
 
 
-def _clock(device: torch.device) -> float:
+def clock(device: torch.device) -> float:
     """CPU seconds of this process, so that busy neighbours count less; on CUDA seconds on the wall, work all done."""
     if device.type != "cuda":
         return time.process_time()
@@ -334,10 +335,10 @@ def _matrix_rate(device: torch.device, dtype: torch.dtype, threads: int) -> floa
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     taken = []
     for _ in range(6):
-        begun = _clock(device)
+        begun = clock(device)
         for _ in range(4):
             a @ b
-        taken.append(_clock(device) - begun)
+        taken.append(clock(device) - begun)
     return 4 * 2 * size**3 / min(taken[1:]) * (1 if device.type == "cuda" else threads)
 
 
@@ -357,7 +358,7 @@ def _fill(samples: Sequence[Sequence[int]], row_tokens: int) -> float:
     return sum(lengths) / sum(row.size for row in pack(lengths, row_tokens))
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

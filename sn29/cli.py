@@ -18,7 +18,8 @@ sn29 {__version__}: node software of Bittensor subnet 29
 
   sn29 demo                        a whole subnet on this machine: chain, Hub, miners, validator, and a page at the end
   sn29 validator                   pull miners' models, check them, measure every sample's loss, set weights
-  sn29 miner                       train a model, check it as a validator would, publish it, commit to it
+  sn29 miner                       train, forecast, publish when it would win, follow up, and again; or publish a folder
+  sn29 train                       train a model for a competition: fresh, from a checkpoint, the Hub or the crown's holder
   sn29 doctor [validator|miner]    is all there that it needs? a line for each check; exit 0 or 1, with what to do
   sn29 config [PROGRAM] [FLAGS]    every setting of a program, its value, and where the value comes from
   sn29 check MODEL                 would a validator accept this folder, or this REPO@REVISION? exit 0 or 1, with all reasons
@@ -29,12 +30,16 @@ sn29 {__version__}: node software of Bittensor subnet 29
   sn29 competitions pin FILE       write revision and fingerprint of every Hub id into the file
   sn29 simulate incentive          attacks and honest progress under each scoring rule: who would be paid
   sn29 simulate sequential         what stopping hopeless challengers saves, and how often it stops one that would win
+  sn29 data stats SOURCE           how long the documents are, what is in long ones, duplicates, what packing loses
+  sn29 study packing               what packing samples costs: one model trained in several ways, a table with intervals
   sn29 bench score                 how fast a window is scored here, against a plain loop
   sn29 bench eval                  how fast samples are evaluated here, against one by one and padded batches
   sn29 bench start                 how soon a model's first loss is there, against a new interpreter
+  sn29 bench train                 how fast each packing mode trains here, and what each optimizer costs
   sn29 bench stream                how fast a model is read layer by layer, against plain reading
   sn29 competitions simulate FILE  what this file would have changed in recorded rounds, per hotkey
   sn29 explain HOTKEY              why this weight: refused why, lost to whom by how much, what would win
+  sn29 forecast CHECKPOINT         would it win now, how surely, and what is missing, by a validator's records and rules
   sn29 replay RECORD               scores and weights again from a round's record; exit 0 when they are the recorded bits
   sn29 audit RECORD RECORD         where two validators differ, first cause first
   sn29 localnet up                 a chain and a Hub on this machine, for rehearsals
@@ -189,7 +194,8 @@ def _localnet_up(words: list[str]) -> int:
         print(f"  registered {entry}: {address}")
         start = "sn29 validator" if validator else f"HF_TOKEN={localnet.hub_token(wallet)} sn29 miner"
         keys = f"--wallet.name {wallet} --wallet.hotkey {hotkey}"
-        more = "" if validator else f" --repo {wallet}/model --competition c00 --text '{TRAINING_FILES}'"
+        own = f" --repo {wallet}/model --competition c00 --text '{TRAINING_FILES}' --cycles 1 --publish-at 0"
+        more = "" if validator else own
         commands.append(f"{start} {keys}{more} {common}")
     over = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # set here, because a shell starts background jobs deaf to SIGINT
@@ -262,16 +268,46 @@ def _bench_stream(words: list[str]) -> int:
     return bench_stream(words)
 
 
+def _bench_train(words: list[str]) -> int:
+    from sn29.bench_train_command import bench_train
+
+    return bench_train(words)
+
+
 def _bench_start(words: list[str]) -> int:
     from sn29.bench_start_command import bench_start
 
     return bench_start(words)
 
 
+def _data_stats(words: list[str]) -> int:
+    from sn29.data_command import data_stats
+
+    return data_stats(words)
+
+
+def _train(words: list[str]) -> int:
+    from sn29.train_command import train
+
+    return train(words)
+
+
+def _study_packing(words: list[str]) -> int:
+    from sn29.study_command import study_packing
+
+    return study_packing(words)
+
+
 def _bench_eval(words: list[str]) -> int:
     from sn29.bench_eval_command import bench_eval
 
     return bench_eval(words)
+
+
+def _forecast(words: list[str]) -> int:
+    from sn29.forecast_command import forecast
+
+    return forecast(words)
 
 
 def _of_records(name: str) -> Callable[[list[str]], int]:
@@ -302,6 +338,7 @@ _COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int]] = {
     ("demo",): _demo,
     ("validator",): _validator,
     ("miner",): _miner,
+    ("train",): _train,
     ("doctor",): _doctor,
     ("config",): _config,
     ("check",): _of_checks("check"),
@@ -312,15 +349,19 @@ _COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int]] = {
     ("competitions", "pin"): _of_competitions("pin"),
     ("competitions", "simulate"): _of_records("simulate"),
     ("explain",): _of_records("explain"),
+    ("forecast",): _forecast,
     ("replay",): _of_records("replay"),
     ("audit",): _of_records("audit"),
     ("localnet", "up"): _localnet_up,
     ("simulate", "incentive"): _simulate_incentive,
     ("simulate", "sequential"): _of_competitions("simulate_sequential"),
+    ("data", "stats"): _data_stats,
+    ("study", "packing"): _study_packing,
     ("bench", "eval"): _bench_eval,
     ("bench", "score"): _bench_score,
     ("bench", "start"): _bench_start,
     ("bench", "stream"): _bench_stream,
+    ("bench", "train"): _bench_train,
 }
 
 

@@ -626,6 +626,34 @@ async def token(facts: Facts) -> str:
     return await _beside(ask)
 
 
+async def records(facts: Facts) -> str:
+    """The miner's loop measures by them; whoever publishes without a forecast needs none."""
+    s = facts.settings
+    assert isinstance(s, DoctorOfMiner)
+    if s.records is None:
+        if s.model is not None or s.publish_at <= 0:
+            return "none are named, and none are needed to publish without a forecast"
+        raise _Bad("none are named, and a forecast needs them", "name a folder of them: --records; or --publish-at 0")
+    named = s.records
+
+    def look() -> str:
+        from sn29 import record_files
+
+        if not named.exists():
+            raise _Bad(f"there is no {named}", "name a folder of a validator's round records: --records")
+        newest = record_files.newest(named)
+        if newest is None:
+            return f"{named} is empty: no round has been judged yet, and until one is nothing is published by a forecast"
+        kept = newest.competitions.get(s.competition)
+        if kept is None:
+            advice = "name the records of a validator that judges it: --records"
+            raise _Bad(f"the newest one, of block {newest.head.block:,}, does not know {s.competition}", advice)
+        measured = sum(m.evaluated for m in kept.models)
+        return f"the newest one is of block {newest.head.block:,}: {measured} models of {s.competition} were evaluated"
+
+    return await _beside(look)
+
+
 async def dataset(facts: Facts) -> str:
     """One text is drawn from every data set as a round would: listing, pattern, column and a row group, over the network."""
     competitions = await facts.competitions()
@@ -674,7 +702,7 @@ def _checks(settings: DoctorOfValidator | DoctorOfMiner) -> tuple[_Check, ...]:
         ("dataset", dataset, internet),
     )
     if isinstance(settings, DoctorOfMiner):
-        return (*both, ("token", token, internet))
+        return (*both, ("records", records, "look at the folder of --records: it does not answer"), ("token", token, internet))
     gpu = "see what the driver says (`nvidia-smi`), or name another --device"
     store_advice = "name another --state.dir, or keep the file and run the version of sn29 that wrote it"
     return (

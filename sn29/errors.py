@@ -7,6 +7,7 @@ Sn29Error
 
 from __future__ import annotations
 
+import copyreg
 from enum import Enum
 
 
@@ -75,7 +76,7 @@ class Reason(Enum):
     DEADLINE = ("the evaluation of the model did not end in time, twice", "publish a faster model")
     DATASET = (
         "the data set cannot serve samples",
-        "name parquet files with enough different texts in row groups of at most 20 MB of text",
+        "name parquet files with enough different texts in row groups of at most 20 MB of text (training: 1 GB)",
     )
     COMPETITION_FILE = ("the competition file is not valid", "mend the named field")
     RECORD = (
@@ -127,6 +128,10 @@ def shown(value: object, longest: int = 300) -> str:
 
 class Sn29Error(Exception):
     """Root of all failures that are expected in normal operation."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled as what it is, not by calling it again with its sentence: processes of a training tell each other."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class Unavailable(Sn29Error):

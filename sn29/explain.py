@@ -18,7 +18,7 @@ sequence where the rule compares in pairs, else the normal approximation, mean +
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
@@ -141,21 +141,33 @@ def _best_first(scores: Iterable[Score]) -> list[Score]:
 
 def prospect(name: str, kept: CompetitionRecord, hotkey: str) -> Prospect | None:
     """For a model that was evaluated in a competition in which somebody got weight; else None."""
-    best = _best_first(kept.scores)
-    if hotkey not in kept.losses or not best or best[0].weight <= 0:
+    if hotkey not in kept.losses:
         return None
-    contest, holder = contest_of(name, kept), best[0].hotkey
+    return prospect_in(contest_of(name, kept), hotkey, next(m.stopped for m in kept.models if m.hotkey == hotkey))
+
+
+def prospect_in(contest: Contest, hotkey: str, stopped: str = "") -> Prospect | None:
+    """The same for a contest, recorded or made up; None where nobody gets weight. `stopped` as in `Prospect`."""
+    now = score_contest(contest)
+    best = _best_first(now.scores)
+    if not best or best[0].weight <= 0:
+        return None
+    holder = best[0].hotkey
     if holder == hotkey:
         return Prospect(holder, None, None, None)
-    now = score_contest(contest)
-    lost_to = _duel(now, hotkey, holder) or _normal(kept, hotkey, holder)
+    lost_to = compared(now, contest, hotkey, holder)
     wins_at = first_win_by_decay(contest, hotkey)
     why = "" if wins_at is not None else _why_never(contest, hotkey, holder)
     better = lost_to is not None and lost_to.kind == DUEL and lost_to.mean < 0 and not lost_to.near_copy
     by_evidence = first_win_by_evidence(contest, hotkey) if better else None
-    copies, stopped = lost_to is not None and lost_to.near_copy, next(m.stopped for m in kept.models if m.hotkey == hotkey)
+    copies = lost_to is not None and lost_to.near_copy
     improvement = None if copies or stopped else least_improvement(contest, hotkey)
     return Prospect(holder, lost_to, improvement, wins_at, why, by_evidence, stopped)
+
+
+def compared(scored: Scored, contest: Contest, hotkey: str, other: str) -> Comparison | None:
+    """A model against another one: as the rule found it where it compares in pairs, else over the contest's losses."""
+    return _duel(scored, hotkey, other) or _normal(contest.losses, hotkey, other)
 
 
 def least_improvement(contest: Contest, hotkey: str) -> float | None:
@@ -193,10 +205,10 @@ def first_win_by_decay(contest: Contest, hotkey: str) -> int | None:
     return high
 
 
-def first_win_by_evidence(contest: Contest, hotkey: str) -> int | None:
-    """See `Prospect.wins_by_evidence`."""
+def first_win_by_evidence(contest: Contest, hotkey: str, windows: int = LIKE_THIS) -> int | None:
+    """See `Prospect.wins_by_evidence`; None: not within so many windows."""
     start, length = contest.window.seed.block, contest.competition.samples.window_blocks
-    for block in range(start, start + LIKE_THIS * length + 1, length):
+    for block in range(start, start + windows * length + 1, length):
         scored = score_contest(contest, block)
         if _wins(scored, hotkey):
             return block
@@ -215,8 +227,8 @@ def _why_never(contest: Contest, hotkey: str, holder: str) -> str:
     if duel is not None and duel.near_copy:
         return "it is a near copy of an earlier model, and the place belongs to the earlier commitment whatever its age"
     if duel is not None and duel.needed is not None:
-        shown = f"shown to be better by {_percent(-duel.high)} only" if duel.high < 0 else "not shown to be better at all"
-        floor = f"the holder's advantage never falls below its floor, {_percent(duel.needed)}"
+        shown = f"shown to be better by {percent(-duel.high)} only" if duel.high < 0 else "not shown to be better at all"
+        floor = f"the holder's advantage never falls below its floor, {percent(duel.needed)}"
         return f"{floor}, and by the samples so far this model is {shown}"
     best, mine = _best_first(end.scores)[0], next(s for s in end.scores if s.hotkey == hotkey)
     return f"even with the advantage gone its win rate would be {mine.win_rate:.3f}, that of {best.hotkey} {best.win_rate:.3f}"
@@ -233,8 +245,8 @@ def _duel(scored: Scored, hotkey: str, holder: str) -> Comparison | None:
     return None
 
 
-def _normal(kept: CompetitionRecord, hotkey: str, holder: str) -> Comparison | None:
-    pairs = zip(kept.losses[hotkey], kept.losses.get(holder, ()), strict=False)  # who was stopped has fewer
+def _normal(losses: Mapping[str, Sequence[float]], hotkey: str, holder: str) -> Comparison | None:
+    pairs = zip(losses[hotkey], losses.get(holder, ()), strict=False)  # who was stopped has fewer
     ratios = [math.log(a / b) for a, b in pairs if 0 < a < math.inf and 0 < b < math.inf]
     if len(ratios) < 2:
         return None
@@ -311,10 +323,10 @@ def _told_evaluated(p: Passage) -> list[str]:
 
 def _told_prospect(record: RoundRecord, name: str, kept: CompetitionRecord, p: Prospect, written: datetime | None) -> list[str]:
     lines = [f"what the round of block {record.head.block:,} means for {name}"]
-    mine = next(s for s in kept.scores if s.hotkey == p.holder)
     if p.lost_to is None and p.improvement is None and p.wins_at is None and not p.why_never:
-        left = 1 - mine.advantage
-        return [*lines, f"  it has the largest weight; what is left of its advantage is {_percent(left)} of its loss"]
+        advantage = next((1 - s.advantage for s in kept.scores if s.hotkey == p.holder), None)  # none: recorded otherwise
+        left = f"; what is left of its advantage is {percent(advantage)} of its loss" if advantage is not None else ""
+        return [*lines, f"  it has the largest weight{left}"]
     if p.lost_to is not None and p.lost_to.near_copy:
         on = f"on {p.lost_to.num_samples:,} samples"
         lines.append(f"  near copy of {p.lost_to.other}'s earlier model {on}: the two count as one model")
@@ -323,17 +335,17 @@ def _told_prospect(record: RoundRecord, name: str, kept: CompetitionRecord, p: P
         c = p.lost_to
         worse = c.mean >= 0
         way = "its losses are" if worse else "although its losses are"
-        than = f"{_percent(abs(c.mean))} {'higher' if worse else 'lower'}"
+        than = f"{percent(abs(c.mean))} {'higher' if worse else 'lower'}"
         low, high = (c.low, c.high) if worse else (-c.high, -c.low)
-        between = f"{_percent(low)} to {_percent(high)}, {c.kind}"
+        between = f"{percent(low)} to {percent(high)}, {c.kind}"
         lines.append(f"  lost to {c.other}: on {c.num_samples:,} samples {way} {than} ({between})")
         if c.needed is not None:
             lines.append(
-                f"  to win they must be shown to be lower by {_percent(c.needed)}, what is left of the holder's advantage"
+                f"  to win they must be shown to be lower by {percent(c.needed)}, what is left of the holder's advantage"
             )
     if p.improvement is not None:
         lines.append(
-            f"  would win today: a new model whose losses are {_percent(p.improvement)} lower than this one's on every sample"
+            f"  would win today: a new model whose losses are {percent(p.improvement)} lower than this one's on every sample"
         )
     elif p.stopped:
         lines.append("  what would win today is not known: it was not measured on all samples")
@@ -359,7 +371,7 @@ def _when(blocks: int, written: datetime | None) -> str:
     return f"{days}: about {(written + span).astimezone(UTC):%Y-%m-%d %H:%M} UTC, counted from when the record was written"
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
     """Two significant digits, never as a power of ten: 0.36 %, 1.2 %, 0.00012 %; `unbounded` for an infinite end."""
     if not math.isfinite(value):
         return "unbounded"

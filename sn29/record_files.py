@@ -6,13 +6,15 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sn29.errors import Reason, Rejected, Unavailable
+from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
 from sn29.round_record import MAX_BYTES, RoundRecord, decode, encode
 
+FOLDER = "records"
+"""Of a validator's state folder: the one that its records are in."""
 _NAME = re.compile(r"(?P<block>[0-9]{1,15})-(?P<digest>[0-9a-f]{16})\.json")
 
 
@@ -98,6 +100,62 @@ def _by_block(path: Path) -> tuple[int, str]:
 def read_all(named: Iterable[Path]) -> Iterator[RoundRecord]:
     """One record after the other, so that a year of them needs the memory of one. Raises as `read` and `paths` do."""
     return map(read, paths(named))
+
+
+Skip = Callable[[Sn29Error], None]
+"""Is told of a record that cannot be read, which is then passed over: one that is just being copied here, say."""
+
+
+def _raise(error: Sn29Error) -> None:
+    raise error
+
+
+def since(named: Path, block: int, skip: Skip = _raise, *, last: int | None = None) -> Iterator[RoundRecord]:
+    """Records of later blocks than this one, by block: of a folder, or the one file. None where nothing is yet: a validator's
+    folder appears with its first record. Names of blocks after `last`, which no chain has reached, are passed over. Raises as
+    `read` does, unless `skip` is told instead; Unavailable for a folder that cannot be read."""
+    for path in _by_blocks(named, last):
+        if not -1 < _by_block(path)[0] <= block:
+            try:
+                record = read(path)
+            except Sn29Error as error:
+                skip(error)
+            else:
+                if record.head.block > block:
+                    yield record
+
+
+def newest(named: Path, skip: Skip = _raise, *, last: int | None = None) -> RoundRecord | None:
+    """The record of the latest block, of a folder or the one file; None where nothing is yet. Arguments, errors as of `since`."""
+    return next((record for _, record in newest_first(named, skip, last=last)), None)
+
+
+def newest_first(named: Path, skip: Skip = _raise, *, last: int | None = None) -> Iterator[tuple[Path, RoundRecord]]:
+    """Every file and its record, the latest block first. Arguments and errors as of `since`."""
+    for path in reversed(_by_blocks(named, last)):
+        try:
+            record = read(path)
+        except Sn29Error as error:
+            skip(error)
+        else:
+            yield path, record
+
+
+def has_any(named: Path) -> bool:
+    """Whether a record's file is there, whatever is in it. Raises Unavailable."""
+    return bool(_by_blocks(named))
+
+
+def _by_blocks(named: Path, last: int | None = None) -> list[Path]:
+    """Of a validator's state folder the records are in the folder FOLDER in it, from the first one on. Raises Unavailable."""
+    try:
+        named = named / FOLDER if (named / FOLDER).is_dir() else named
+        if not named.is_dir():
+            return [named] if named.exists() else []
+        found = [p for p in named.iterdir() if _NAME.fullmatch(p.name)]
+    except OSError as error:
+        raise Unavailable(str(named), error.strerror or str(error)) from None
+    return sorted((p for p in found if last is None or _by_block(p)[0] <= last), key=_by_block)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -33,6 +33,7 @@ from sn29.records import Entry, Head, Weights, Window
 from sn29.round_record import CompetitionRecord, Json, ModelRecord, RoundRecord, SampleRecord
 from sn29.rules.competition import Competition, HallOfFame, competition_of, violations
 from sn29.rules.decision import Contest, Decision, decide
+from sn29.rules.evidence import UNIT
 from sn29.rules.fields import validate
 from sn29.rules.schedule import CompetitionFile, in_force, rules_for
 from sn29.rules.scoring import Memory, Scored
@@ -89,16 +90,12 @@ def competition_record(
 def contest_of(name: str, kept: CompetitionRecord) -> Contest:
     """What a competition was decided on. Raises Rejected for parameters or a memory that this version cannot read."""
     fields = {key: value for key, value in _mapping(kept.parameters, name).items() if key != "name"}
-    try:
-        memory = Memory.from_json(_mapping(kept.memory_before, f"{name}: memory before"))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise Rejected(Reason.RECORD, repr(error)[:200], "a memory of the rules", f"{name}: memory before") from None
     return Contest(
         competition=competition_of(f"recorded {name}", name, fields),
         window=kept.window,
         losses=kept.losses,
         entries={m.hotkey: m.entry for m in kept.models if m.entry is not None},
-        memory=memory,
+        memory=memory_of(kept.memory_before, kept.window.seed.block - 1, f"{name}: memory before"),
         outage=any(m.outcome.status == "unavailable" for m in kept.models),
     )
 
@@ -112,7 +109,40 @@ def memory_for(competition: Competition, window: Window, before: RoundRecord | N
     kept = before.competitions.get(competition.name) if before is not None else None
     if kept is None or kept.parameters["scoring"]["rule"] != competition.scoring.rule:
         return Memory.empty()
-    return Memory.from_json(kept.memory_before if kept.window.index == window.index else kept.memory_after)
+    last = kept.window.seed.block
+    if kept.window.index == window.index:
+        return memory_of(kept.memory_before, last - 1, f"{competition.name}: memory before")
+    return memory_of(kept.memory_after, last, f"{competition.name}: memory after")
+
+
+def memory_of(data: Json, last: int, where: str) -> Memory:
+    """A recorded memory of windows up to that of block `last`. Raises Rejected(RECORD) for one that no rule could have left."""
+    try:
+        memory = Memory.from_json(_mapping(data, where))
+        if wrong := _wrong_in(memory, last):
+            raise ValueError(wrong)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise Rejected(Reason.RECORD, repr(error)[:200], "a memory of the rules", where) from None
+    return memory
+
+
+def _wrong_in(memory: Memory, last: int) -> str:
+    """What no rule could have left; empty: nothing."""
+    whos = [*([memory.holder] if memory.holder else []), *memory.past, *(e.who for e in memory.evidence)]
+    whos += [who for pair in memory.copies for who in pair]
+    if not all(type(text) is str for who in whos for text in (who.hotkey, who.content_id)):
+        return "a hotkey or content that is no text"
+    sums = [e.sums for e in memory.evidence]
+    numbers = [memory.block, memory.since, memory.faced, *(e.rank for e in memory.evidence)]
+    if not all(type(n) is int for n in (*numbers, *(n for s in sums for n in (s.count, s.total, s.squares)))):
+        return "a number that is not whole"
+    if not max(memory.block, memory.since) <= last:
+        return f"block {max(memory.block, memory.since)} of a window after that of block {last}"
+    if not all(0 <= n < 2**53 for n in (memory.faced, *(e.rank - 1 for e in memory.evidence))):
+        return f"ranks {sorted(e.rank for e in memory.evidence)[:8]} of {memory.faced} challengers"
+    if not all(0 <= s.count < 2**53 and s.total**2 <= s.count * s.squares <= (s.count * UNIT) ** 2 for s in sums):
+        return "sums of no log ratios"
+    return ""
 
 
 def contests_of(record: RoundRecord) -> dict[str, Contest]:

@@ -23,13 +23,13 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 from sn29 import record_files
-from sn29.corpus import draw
+from sn29.corpus import DataFiles, draw
 from sn29.errors import Reason, Rejected, Unavailable
 from sn29.evaluation.worker import sweep
 from sn29.examination import (
@@ -544,7 +544,7 @@ async def _try(
         resting=far | copies.keys() | settled.keys(),
     )
     say_refused([*admitted.outcomes, *(outcome_of(r) for r in known.refused_of(competition))])
-    samples, revisions = await asyncio.to_thread(_draw, ports, competition, window)
+    samples, revisions = await asyncio.to_thread(window_samples, ports.dataset, competition, window)
     tell("samples", f"{competition.name}: {len(samples)} samples drawn by the hash of block {window.seed.block}")
     chosen = [mine[c] for c in choice.chosen]
     measured = await _measure_all(ports, plan, admitted, chosen, samples, _paid(before), bar)
@@ -687,12 +687,17 @@ def _entries(
     return entries
 
 
-def _draw(ports: Ports, competition: Competition, window: Window) -> tuple[tuple[Sample, ...], dict[str, str]]:
-    """The window's samples, and the revision of each data set that they are from."""
+def window_samples(
+    dataset: Callable[[Competition, int], DataFiles], competition: Competition, window: Window
+) -> tuple[tuple[Sample, ...], dict[str, str]]:
+    """The window's samples in the order in which they are measured, and the revision of each data set that they are from.
+
+    `dataset` opens a competition's data set of an index. Raises what `draw` raises.
+    """
     found: dict[str, Sample] = {}
     revisions = {}
     for index, count in enumerate(samples_per_dataset(competition)):
-        source, data = competition.datasets[index], ports.dataset(competition, index)
+        source, data = competition.datasets[index], dataset(competition, index)
         name = f"{competition.name} {index}" if index else competition.name
         drawn = draw(
             data, source.files, source.column, count, competition.limits.max_chars,

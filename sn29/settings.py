@@ -264,36 +264,145 @@ class ValidatorSettings(NeuronSettings):
     )
 
 
-class MinerSettings(NeuronSettings):
-    """Train a model on real text, check it as a validator would, publish it, commit to it on chain."""
+class TrainingSettings(_Settings):
+    """A training run: the model, the text, the recipe. Shared by the miner and `sn29 train`."""
 
-    model_config = SettingsConfigDict(cli_prog_name="sn29 miner")
-
-    competition: str = _flag("c00", "competition to enter", "competition")
-    repo: str = _flag("", "repository on the Hub: namespace/name", "repo")
-    hub_token: str = _flag(
-        "", "token that may write to the repository (better: HF_TOKEN)", "hub.token", variables=("HF_TOKEN",), secret=True
-    )
+    competition: str = _flag("c00", "competition to train for", "competition")
     work_dir: Path = _flag(Path("~/.sn29/miner"), "folder of checkpoints, text and state", "work.dir")
-    start: Path | None = _flag(None, "checkpoint folder to train on from, of the same shape; default: fresh weights", "start")
-    model: Path | None = _flag(None, "publish this folder instead of training", "model")
+    start: str = _flag(
+        "", "what to train on from: a checkpoint's folder, NAMESPACE/NAME@REVISION on the Hub, or `champion`; default: fresh "
+        "weights", "start",
+    )  # fmt: skip
+    records: Path | None = _flag(
+        None, "folder of a validator's round records: for --start champion, and the newest one's samples are not trained on",
+        "records",
+    )  # fmt: skip
+    config_file: Path | None = _flag(None, "config.json of a new model, instead of the flags from --family on", "config-file")
     tokenizer: Path | None = _flag(None, "tokenizer.json for a competition with a free one", "tokenizer")
-    text: str = _flag("", "glob of the data set's training files; default: the competition's files", "text")
+    text: str = _flag("", "glob of the data sets' training files; default: the competition's files", "text")
+    data: tuple[str, ...] = _flag(
+        (), "other texts than the competition's: FOLDER/GLOB or hub:NAMESPACE/NAME@REVISION/GLOB, then #COLUMN and *WEIGHT where "
+        "they are not text and 1; without GLOB all .parquet files", "data",
+    )  # fmt: skip
     family: str = _flag("", "class of a new model; default: the competition's first", "family")
     hidden_size: int = _flag(64, "width of a new model", "hidden-size", ge=1)
     intermediate_size: int = _flag(192, "width of its MLP", "intermediate-size", ge=1)
     num_layers: int = _flag(1, "its layers", "num-layers", ge=1)
     num_heads: int = _flag(4, "its attention heads", "num-heads", ge=1)
+    num_kv_heads: int = _flag(0, "its heads of keys and values; 0 = as many", "num-kv-heads", ge=0)
     tied: bool = _flag(True, "one matrix for embedding and head", "tied")
+    init_std: float = _flag(0.1, "standard deviation of its fresh weights; wide models want 0.02", "init-std", ge=0)
+    packing: Literal["unpacked", "packed", "packed_masked"] = _flag(
+        "packed_masked", "one document a row; one stream cut into rows; or documents that share a row without seeing each other",
+        "packing",
+    )  # fmt: skip
+    row_tokens: int = _flag(0, "tokens of a row; 0 = --max-tokens, or 2048", "row-tokens", ge=0)
+    context: int = _flag(-1, "tokens that a later piece of a long document sees again; -1 = an eighth of a row", "context", ge=-1)
+    start_token: Literal["competition", "none"] = _flag(
+        "competition", "token in front of every document, as in the evaluation, or none, and the first token is not scored",
+        "start-token",
+    )  # fmt: skip
+    score_end: bool = _flag(False, "the end of a document is a target too; validators never ask for it", "score-end")
     steps: int = _flag(1000, "optimizer steps", "steps", ge=1)
-    batch_tokens: int = _flag(256, "tokens of a step", "batch-tokens", ge=1)
-    max_tokens: int = _flag(128, "a document is cut to this many tokens", "max-tokens", ge=1)
-    learning_rate: float = _flag(6e-3, "highest learning rate", "learning-rate")
+    batch_tokens: int = _flag(256, "scored tokens of a step", "batch-tokens", ge=1)
+    max_tokens: int = _flag(128, "a document is cut to this many tokens; 0 = not cut", "max-tokens", ge=0)
+    optimizer: str = _flag(
+        "adamw", "adamw, adamw8bit, adamw8bit_ao, lion, lion8bit, adafactor, muon, soap or sgd: `sn29 bench train --optimizers` "
+        "says what each costs", "optimizer",
+    )  # fmt: skip
+    learning_rate: float = _flag(0.0, "highest learning rate; 0 = 0.006 times the optimizer's usual share", "learning-rate", ge=0)
+    schedule: Literal["cosine", "wsd"] = _flag("cosine", "half a cosine to 0, or warm-up, stable, decay", "schedule")
+    warmup_steps: int = _flag(-1, "steps in which the rate rises; -1 = a twentieth of all", "warmup-steps", ge=-1)
+    decay_share: float = _flag(0.2, "share of the steps in which wsd falls to 0", "decay-share", ge=0, le=1)
+    weight_decay: float = _flag(0.01, "decay of matrices, per step and unit of learning rate", "weight-decay", ge=0)
+    clip: float = _flag(1.0, "longest gradient, in nats per token; 0 = any", "clip", ge=0)
+    train_dtype: Literal["float32", "bfloat16"] = _flag(
+        "float32", "number format of the products; weights and optimizer are float32", "train-dtype"
+    )
+    accumulation: int = _flag(1, "forward passes that are added up for a step, per shard of the data", "accumulation", ge=1)
+    shards: int = _flag(
+        0, "shards of the data, a multiple of the processes; 0 = the processes of the first start", "shards", ge=0
+    )
+    activation_checkpointing: bool = _flag(False, "less memory for a third more work", "activation-checkpointing")
+    compile: bool = _flag(False, "layers through torch.compile", "compile")
+    pool_documents: int = _flag(512, "documents that are packed, or sorted by length, together", "pool-documents", ge=1)
+    checkpoint_every: int = _flag(100, "steps between two checkpoints", "checkpoint-every", ge=1)
     min_count: int = _flag(
         8, "tokens rarer than this in the first 2,000 documents share one row of the embedding; 0 = none do", "min-count", ge=0
     )
     seed: int = _flag(0, "seed of the initial weights and of the order of the text", "seed")
-    threads: int = _flag(max(1, (os.cpu_count() or 2) // 2), "CPU threads of the training", "threads", ge=1)
+    threads: int = _flag(max(1, (os.cpu_count() or 2) // 2), "CPU threads of all --processes together", "threads", ge=1)
+    train_device: Literal["cpu", "cuda"] = _flag("cpu", "where it is trained", "train-device")
+    peak_tflops: float = _flag(
+        0.0,
+        "most TFLOP/s of the devices together, for the share of it that is reached; 0 = by the GPU's name",
+        "peak-tflops",
+        ge=0,
+    )
+    wandb: str = _flag("", "project of Weights & Biases that steps are logged to; needs sn29[wandb]", "wandb")
+
+
+class TrainSettings(TrainingSettings):
+    """
+    Train a model for a competition: from fresh weights, a checkpoint, the Hub, or the crown's holder. Stopped or killed at any
+    instant, the same command goes on. --work.dir/training then holds checkpoint/ (what `sn29 check`, `sn29 forecast` and `sn29
+    miner --model` take), curve.jsonl, curve.svg, and what a resumed run needs.
+
+    Many processes: --processes N here, or `torchrun ... -m sn29.cli train ...` on every host, with a --work.dir that all see.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 train")
+
+    processes: int = _flag(1, "processes on this machine, one for each GPU", "processes", ge=1)
+    until: int = _flag(0, "end after this step of --steps, to go on later; 0 = all", "until", ge=0)
+    hub_endpoint: str = _flag(DEFAULT_HUB, "address of the Hub", "hub.endpoint", variables=("HF_ENDPOINT",))
+    competitions_dir: Path = _flag(Path("competitions"), "folder of the competition files", "competitions.dir")
+    json_output: bool = _flag(False, "print each step as a JSON line", "json")
+
+
+class MinerSettings(NeuronSettings, TrainingSettings):
+    """
+    Train, measure the checkpoint by the validators' own rule, publish it when it would win, see what became of it, train on.
+
+    It runs until it is stopped (or for --cycles), and goes on where it was when it is started again. A forecast needs
+    --records; `--cycles 1 --publish-at 0` trains once, publishes and ends. While its own hotkey holds the crown it publishes
+    nothing: a new commitment would give the crown up. With --steps and the other flags of the training as they were when the
+    run was begun; --start is for the first run.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 miner")
+
+    repo: str = _flag("", "repository on the Hub: namespace/name", "repo")
+    hub_token: str = _flag(
+        "", "token that may write to the repository (better: HF_TOKEN)", "hub.token", variables=("HF_TOKEN",), secret=True
+    )
+    model: Path | None = _flag(None, "publish this folder instead of training, then end", "model")
+    publish_at: float = _flag(
+        0.8, "probability of winning from which on a checkpoint is published; 0 = every run's last one, unmeasured",
+        "publish-at", ge=0, le=1,
+    )  # fmt: skip
+    records: Path | None = _flag(
+        None, "folder of a validator's round records (or its state folder), for forecasts, for what becomes of our commitment "
+        "and for --start champion", "records",
+    )  # fmt: skip
+    forecast_every: int = _flag(0, "steps between two forecasts; 0 = at the end of each training run", "forecast-every", ge=0)
+    cycles: int = _flag(0, "end after so many training runs of --steps; 0 = never", "cycles", ge=0)
+    follow: int = _flag(3, "windows that are waited for a record that names our commitment", "follow", ge=0)
+    give_up_crown: bool = _flag(False, "publish although this hotkey holds the crown, which it gives up by it", "give-up-crown")
+    publish_now: bool = _flag(
+        False, "ask the miner that works in --work.dir to publish at its next forecast, whatever that says, and end",
+        "publish-now",
+    )  # fmt: skip
+    processes: int = _flag(1, "processes of the training on this machine, one for each GPU", "processes", ge=1)
+    forecast_device: Literal["", "cpu", "cuda"] = _flag(
+        "", "where a checkpoint is measured for a forecast; default: where it is trained", "forecast-device"
+    )
+    evaluation_deadline_s: float = _flag(
+        21_600.0, "seconds after which the check or the measuring of our own checkpoint is stopped", "evaluation.deadline", ge=1
+    )
+    poll_s: float = _flag(
+        12.0, "seconds between two looks at chain and records while there is nothing else to do", "poll", ge=0.05
+    )
     force: bool = _flag(False, "publish although the checks refuse the model", "force")
     sealed: bool = _flag(
         False,
@@ -368,7 +477,7 @@ class BenchEvalSettings(_Settings):
 
     model_config = SettingsConfigDict(cli_prog_name="sn29 bench eval")
 
-    model: str = _flag("llama-100k", "tiny, llama-100k, phi3-32k, phi-50k, llama-8k, 1.1b, phi3-3.8b or 6.9b", "model")
+    model: str = _flag("llama-100k", "tiny, llama-2k, llama-100k, phi3-32k, phi-50k, llama-8k, 1.1b, phi3-3.8b or 6.9b", "model")
     device: str = _flag("cpu", "cpu or cuda", "device")
     dtype: str = _flag("bfloat16", "float32 or bfloat16", "dtype")
     samples: int = _flag(8, "samples, of FineWeb-like lengths; few fill their rows badly", "samples")
@@ -376,6 +485,28 @@ class BenchEvalSettings(_Settings):
     times: int = _flag(5, "repetitions, whose median counts", "times")
     threads: int = _flag(1, "CPU threads", "threads")
     row_tokens: int = _flag(0, "tokens of a packed row; 0 = 1024 on a CPU, 8192 on CUDA", "row-tokens")
+    json_output: bool = _flag(False, "print everything as JSON", "json")
+
+
+class BenchTrainSettings(_Settings):
+    """
+    Time training in the three packing modes beside one document a step and padded batches, in turns, on random weights:
+    forward and backward of the same documents, useful tokens a second. Exit 1: a goal is missed.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 bench train")
+
+    model: str = _flag("llama-2k", "a model of `sn29 bench eval`", "model")
+    device: Literal["cpu", "cuda"] = _flag("cpu", "cpu or cuda", "device")
+    dtype: Literal["float32", "bfloat16"] = _flag("float32", "of products; bfloat16 by autocast, weights in float32", "dtype")
+    documents: int = _flag(512, "documents packed, or sorted by length, together; of FineWeb-like lengths", "documents", ge=1)
+    tokens: int = _flag(16_000, "scored tokens that each way is timed on, spread evenly over the documents", "tokens", ge=1)
+    max_tokens: int = _flag(1024, "tokens of the longest document", "max-tokens", ge=1)
+    row_tokens: int = _flag(1024, "tokens of a packed row", "row-tokens", ge=1)
+    batch_tokens: int = _flag(1024, "scored tokens of one forward, as near as whole rows come", "batch-tokens", ge=1)
+    times: int = _flag(5, "repetitions, whose median counts", "times", ge=1)
+    threads: int = _flag(1, "CPU threads", "threads", ge=1)
+    optimizers: bool = _flag(False, "what each optimizer costs instead: bytes of state and time per parameter", "optimizers")
     json_output: bool = _flag(False, "print everything as JSON", "json")
 
 
@@ -444,6 +575,66 @@ class IncentiveSettings(_Settings):
     json_output: bool = _flag(False, "print everything as JSON", "json")
 
 
+class DataStatsSettings(_Settings):
+    """
+    How long the documents of training text are: how many, how many tokens, quantiles and a histogram, what share is in long
+    ones, how often long ones come again when all lengths are drawn evenly, exact duplicates, and what packing loses.
+
+    SOURCE is a folder with .parquet files, a .parquet file, or hub:NAMESPACE/NAME@REVISION, of which only what is looked at
+    is read; FOLDER/GLOB, .../GLOB and #COLUMN as in `sn29 train --data`. Where --max-documents leaves some out, whole row
+    groups are drawn over all files. Several sources are told of one by one and together. Without --tokenizer and
+    --competition a token is a byte.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 data stats")
+
+    sources: CliPositionalArg[list[str]] = Field([], description="folders, .parquet files or hub:NAMESPACE/NAME@REVISION")
+    pattern: str = _flag(
+        "", "only files that match, where SOURCE has no GLOB: data/train-*.parquet; default: all, or the competition's", "pattern"
+    )
+    column: str = _flag("", "column of the texts; default: text, or the competition's", "column")
+    tokenizer: Path | None = _flag(None, "tokenizer.json to count tokens with", "tokenizer")
+    competition: str = _flag("", "look at this competition's data sets too, and count with its tokenizer", "competition")
+    competitions_dir: Path = _flag(Path("competitions"), "folder of the competition files", "competitions.dir")
+    max_documents: int = _flag(100_000, "documents of each source that are looked at; 0 = all", "max-documents", ge=0)
+    row_tokens: int = _flag(2048, "tokens of a row for what packing loses", "row-tokens", ge=1)
+    evenly_tokens: int = _flag(0, "tokens that are drawn evenly; 0 = as many as there are", "evenly-tokens", ge=0)
+    seed: int = _flag(0, "seed of the order of the documents", "seed")
+    hub_endpoint: str = _flag(DEFAULT_HUB, "address of the Hub", "hub.endpoint", variables=("HF_ENDPOINT",))
+    picture: Path | None = _flag(None, "write the histogram to this SVG file", "picture")
+    json_output: bool = _flag(False, "print everything as JSON", "json")
+
+
+class StudyPackingSettings(_Settings):
+    """
+    Measure what packing costs: train the same small model on the same documents, packed in several ways, with equal scored
+    tokens and with equal compute, read held-out documents one by one and packed, and write the table with intervals, as
+    study.md, study.csv and study.html. A study that is stopped goes on where it was; more seeds can be added later.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 study packing")
+
+    size: str = _flag("tiny", "tiny (0.36M parameters), small (1.3M), both for a CPU, or medium (138M, for a GPU)", "size")
+    seeds: int = _flag(3, "how many times all is repeated, with other weights and documents", "seeds", ge=1)
+    first_seed: int = _flag(0, "the first seed", "first-seed", ge=0)
+    dir: Path = _flag(Path("~/.sn29/study"), "folder of the runs and the report; one folder holds one plan", "dir")
+    workers: int = _flag(1, "runs at a time, each a process of one thread", "workers", ge=1)
+    text: str = _flag("", "a source as of `sn29 data stats`; default: 14M characters of packages", "text")
+    pattern: str = _flag("", "only files that match, e.g. data/train-*.parquet; default: all", "pattern")
+    column: str = _flag("", "column of the texts; default: text", "column")
+    max_documents: int = _flag(0, "documents that are trained on at most; 0: all of them", "max-documents", ge=0)
+    hub_endpoint: str = _flag(DEFAULT_HUB, "address of the Hub", "hub.endpoint", variables=("HF_ENDPOINT",))
+    held_out: int = _flag(1200, "documents that are held out for the evaluation", "held-out", ge=1)
+    tokenizer: Path | None = _flag(None, "tokenizer.json to use; default: byte BPE trained on the text", "tokenizer")
+    tokens: int = _flag(0, "scored tokens of a run; default: the size's", "tokens", ge=0)
+    row_tokens: int = _flag(0, "tokens of a packed row, and most of a document; default: the size's", "row-tokens", ge=0)
+    batch_tokens: int = _flag(0, "scored tokens of a step; default: the size's", "batch-tokens", ge=0)
+    learning_rate: float = _flag(0.0, "highest learning rate; default: the size's", "learning-rate", ge=0)
+    device: Literal["", "cpu", "cuda"] = _flag("", "cpu or cuda; default: the size's", "device")
+    report_only: bool = _flag(False, "write the report again from the finished runs; train nothing", "report-only")
+    json_output: bool = _flag(False, "print the results as JSON", "json")
+
+
 _RECORDS = Path("~/.sn29/validator")
 
 
@@ -492,6 +683,38 @@ class ExplainSettings(_Settings):
     round: int | None = _flag(None, "only the round of this block", "round")
     state_dir: Path = _flag(_RECORDS, "state folder of a validator: its records are in the folder `records` there", "state.dir")
     records: Path | None = _flag(None, "folder with round records, or one record, instead", "records")
+    json_output: bool = _flag(False, "print the answer as JSON", "json")
+
+
+class ForecastSettings(_Settings):
+    """
+    What would become of a checkpoint that is committed now: the checks of a validator, then its losses on the texts of a
+    window that a validator has recorded, judged by the competition's own rule beside the recorded models.
+
+    Exit 0: it would be accepted. Exit 1: refused, with all reasons. Exit 2: Hub, data set or evaluation did not answer, so
+    nothing is known. Exit 3: accepted, but the probability to have won within --windows is below --fail-below,
+    or not known, because no record says who is there.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 forecast")
+
+    checkpoint: CliPositionalArg[str] = Field(description="folder of a model as save_pretrained writes it, or REPO@REVISION")
+    competition: str = _flag("", "competition that it is for, e.g. c00", "competition")
+    competitions_dir: Path = _flag(Path("competitions"), "folder of the competition files", "competitions.dir")
+    records: Path | None = _flag(
+        None, "folder of a validator's round records (or its state folder), or one record; needed", "records"
+    )
+    now: int = _flag(0, "block of the commitment that is thought of; 0 = that of the newest record", "now", ge=0)
+    hotkey: str = _flag("", "hotkey that would commit: its older model goes; empty: a new one", "hotkey")
+    windows: int = _flag(20, "windows to come within which it is to win", "windows", ge=1, le=1000)
+    fail_below: float = _flag(0.0, "exit 3 when the probability of that is below this, 0 to 1", "fail-below", ge=0, le=1)
+    seed: int = _flag(29, "seed of the draws", "seed", ge=0)
+    device: Literal["cpu", "cuda"] = _flag("cpu", "where it is evaluated", "device")
+    threads: int = _flag(2, "CPU threads of the evaluation", "threads", ge=1)
+    deadline_s: float = _flag(3600.0, "seconds that an evaluation may take", "deadline", ge=1)
+    hub_endpoint: str = _flag(
+        DEFAULT_HUB, "Hub of REPO, of the data set and of the competition's tokenizer", "hub.endpoint", variables=("HF_ENDPOINT",)
+    )
     json_output: bool = _flag(False, "print the answer as JSON", "json")
 
 
@@ -733,7 +956,7 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def programs(base: type[_Settings] = _Settings) -> Iterator[type[_Settings]]:
     """The settings of every command."""
-    if base.model_config.get("cli_prog_name"):
-        yield base
+    found = [base] if base.model_config.get("cli_prog_name") else []
     for kind in base.__subclasses__():
-        yield from programs(kind)
+        found += programs(kind)
+    yield from dict.fromkeys(found)  # the miner's have two parents

@@ -8,6 +8,7 @@
               4 seal    if asked for: a commitment to the digest alone; wait until its block is final
               5 commit  namespace, name, revision, digest, competition; wait until its block is final
               6 show    the repository is made public
+    follow_up   until a validator's record names the commitment: accepted, refused and why, its place
 
 Nobody can be faster: until step 6 nobody else has seen a byte of the model, and by then the commitment stands in a block
 that no fork can take away. The digest of steps 4 and 5 is of no use to others, it is made for the hotkey. With a seal
@@ -22,14 +23,18 @@ no final commitment of ours names, whatever failed before.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+from sn29 import record_files
 from sn29.chain import Chain
 from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
 from sn29.evaluation.profile import ROW_TOKENS, Profile, Tiles
-from sn29.evaluation.worker import Here, Job, SeveralReasons, memory_needed
+from sn29.evaluation.worker import Evaluator, Here, Job, SeveralReasons, memory_needed
 from sn29.examination import FixedText as FixedText
+from sn29.explain import Passage, passages
 from sn29.hub import Hub
 from sn29.measurement import start_token_of, unfit
 from sn29.models import checkpoint
@@ -37,6 +42,7 @@ from sn29.models.checkpoint import Read
 from sn29.models.disk import Disk
 from sn29.models.fetch import fetch
 from sn29.records import Commitment, Loss, ModelFacts, ModelId, RawCommitment, RepoFile, RepoListing, Sample, Sealed
+from sn29.round_record import RoundRecord
 from sn29.rules.competition import Competition, violations
 from sn29.rules.scoring_fields import Champion
 from sn29.telemetry import tell, warn
@@ -89,11 +95,13 @@ async def check(
     threads: int,
     deadline_s: float,
     files: tuple[RepoFile, ...] = (),
+    evaluator: Evaluator | None = None,
 ) -> Checked:
     """All checks on a folder: those of the metadata, then the child process of the validator on probe texts.
 
     A model that is only too large or of another family is still evaluated, so that its owner hears of both. `files` is how
-    the Hub lists the folder's, which the child then makes sure of. Raises Unavailable when the child gave no answer.
+    the Hub lists the folder's, which the child then makes sure of. `evaluator` runs the child; None: one that is started for
+    it, in 5 s. Raises Unavailable when the child gave no answer.
     """
     checked = inspect(checkpoint.local_listing(folder), checkpoint.local_reader(folder), competition, fixed)
     facts = checked.facts
@@ -113,9 +121,13 @@ async def check(
         tokenizer_oid=fixed.oid if fixed else "",
         every_reason=True,
     )
+    memory = memory_needed(facts, 512)
     try:
-        async with Here() as here:
-            found = await here.evaluate(job, deadline_s=deadline_s, memory_bytes=memory_needed(facts, 512))
+        if evaluator is not None:
+            found = await evaluator.evaluate(job, deadline_s=deadline_s, memory_bytes=memory)
+        else:
+            async with Here() as here:
+                found = await here.evaluate(job, deadline_s=deadline_s, memory_bytes=memory)
     except SeveralReasons as errors:
         return Checked(facts, (*checked.refusals, *errors.found))
     except Rejected as error:
@@ -196,6 +208,84 @@ async def submit(
     await asyncio.to_thread(hub.set_private, repo, False)
     tell("public", f"{model} can be seen by everybody", hotkey=chain.hotkey)
     return Commitment(chain.hotkey, block, model, digest, competition.name)
+
+
+# --- afterwards -------------------------------------------------------------------------------------------------------
+
+
+def named_in(records: Iterable[RoundRecord], hotkey: str, model: str) -> Passage | None:
+    """What the newest of these records that names our commitment to `model` (namespace/name@revision) says of it.
+
+    A commitment that validators could not look at (`unavailable`) is not named: they try again.
+    """
+    found = (p for p in passages(records, hotkey) if p.outcome.model == model and p.outcome.status != "unavailable")
+    return max(found, key=lambda passage: passage.block, default=None)
+
+
+def verdict(passage: Passage) -> str:
+    """One line: what became of a commitment in a round."""
+    o, where = passage.outcome, f"round of block {passage.block:,}, {passage.outcome.competition or 'no competition'}"
+    if o.status == "rejected":
+        return f"{where}: refused: {o.detail or o.reason}"
+    if o.status != "evaluated":
+        return f"{where}: {o.status}: {o.detail or o.reason}"
+    share = f", {passage.score.weight:.2%} of the competition's reward" if passage.score else ""
+    stopped = f"; {passage.stopped}" if passage.stopped else ""
+    place = f"place {passage.place} of {passage.num_models}{share}"
+    return f"{where}: accepted, {passage.nats_per_sample:.2f} nats a sample on {passage.num_samples:,} samples, {place}{stopped}"
+
+
+def is_verdict(passage: Passage) -> bool:
+    """Whether the round has made up its mind. Who waits for a place, or for its seal to be opened, has its turn still to come; a
+    near copy, or a model that is out of reach, rests for good."""
+    return passage.outcome.status != "waiting" or passage.outcome.reason in ("near_copy", "out_of_reach")
+
+
+def passed_over(error: Sn29Error) -> None:
+    """A record that is just being copied here, or is none: the next ones are read all the same. Each is told once."""
+    _told_once(f"passed over: {error}")
+
+
+@lru_cache(maxsize=1000)
+def _told_once(text: str) -> None:
+    warn("record", text)
+
+
+async def stands(chain: Chain, folder: Path) -> bool:
+    """Whether this folder, and no other model, is what our hotkey has on chain, sealed or in the open. Raises Unavailable."""
+    digest = checkpoint.digest(checkpoint.content_id(checkpoint.local_listing(folder).files), chain.hotkey)
+    async with chain:
+        standing = await _own(chain)
+    return standing is not None and digest.encode() in standing.data
+
+
+async def follow_up(
+    chain: Chain, records: Path, commitment: Commitment, *, window_blocks: int, windows: int, poll_s: float
+) -> Passage | None:
+    """Waits until a validator's record judges the commitment; None when none did within so many windows of blocks, counted from
+    the newest record by which it waits for its turn.
+
+    `records`: the folder where they appear; what is no record there is told and passed over. Only the commitment's next window
+    can judge it. What does not answer is asked again, for ever.
+    """
+    waited = seen = commitment.block
+    while True:
+        found: Passage | None = None
+        try:
+            block = (await chain.finalized()).block
+            for record in record_files.since(records, seen, passed_over, last=block):
+                seen = record.head.block
+                found = named_in((record,), commitment.hotkey, str(commitment.model)) or found
+        except Unavailable as error:
+            warn("unavailable", f"{error}; asked again", hotkey=commitment.hotkey)
+            await asyncio.sleep(max(poll_s, error.retry_s or 0.0))
+            continue
+        if found is not None and is_verdict(found):
+            return found
+        waited = found.block if found is not None else waited
+        if block > (waited // window_blocks + 1 + windows) * window_blocks:
+            return None
+        await asyncio.sleep(poll_s)
 
 
 # --- the Hub's side ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the programs say: one event a line, for people or (with --log.json) for machines. The only import of loguru.
+"""What the programs say: one event a line, for people or (with --log.json) for machines. The only import of loguru and wandb.
 
 An event has a fixed name, a sentence and fields: `tell("fetched", "downloaded 3 files", hotkey=..., bytes=...)`. One
 commitment's life can be followed by its hotkey.
@@ -6,13 +6,16 @@ commitment's life can be followed by its hotkey.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loguru import logger
+
+from sn29.errors import Reason, Rejected
 
 if TYPE_CHECKING:
     from loguru import Message
@@ -74,3 +77,19 @@ def _json_line(message: Message) -> str:
 
 def _write_json(message: Message) -> None:
     sys.stderr.write(_json_line(message))
+
+
+# --- curves elsewhere -------------------------------------------------------------------------------------------------
+
+
+def open_wandb(project: str, folder: Path, config: Mapping[str, Any]) -> Any:
+    """A run of Weights & Biases with `log(values, step=n)` and `finish()`; a folder's run goes on when it is opened again.
+
+    WANDB_MODE=offline writes below the folder, for `wandb sync` later. Raises Rejected(SETTING) where it is not installed.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise Rejected(Reason.SETTING, "--wandb without the package", "pip install 'sn29[wandb]'", "--wandb") from None
+    name = hashlib.sha256(f"{folder.resolve()} {config.get('began')}".encode()).hexdigest()[:16]
+    return wandb.init(project=project, dir=folder, id=name, resume="allow", config=dict(config))

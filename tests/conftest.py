@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -26,6 +27,7 @@ os.environ["BTCLI_TOKEN_SYMBOLS_CACHE"] = str(Path(_CACHES.name) / "token_symbol
 _LONG = (
     "test_the_demo_tells_its_story",
     "test_a_validator_killed_at_every_stage_ends_where_an_undisturbed_one_does",
+    "test_two_miners_take_the_crown_from_each_other",
     "test_a_thousand_operations_under_random_faults_lose_nothing_and_write_nothing_twice",
 )
 """Tests of minutes, most of them waiting for blocks."""
@@ -73,6 +75,33 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(path))
     return path
+
+
+@pytest.fixture
+def model(make_checkpoint: Callable[..., Path], byte_tokenizer: Path, tmp_path: Path) -> Callable[..., Path]:
+    """model(seed, **config) -> a legal checkpoint with its tokenizer in a folder of its own, that may be changed."""
+
+    def make(seed: int = 0, **config: Any) -> Path:
+        source = make_checkpoint(seed=seed, **config)
+        folder = shutil.copytree(source, tmp_path / "models" / f"{source.name}-{len(list(tmp_path.glob('models/*')))}")
+        shutil.copy(byte_tokenizer, folder / "tokenizer.json")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def events() -> Iterator[list[tuple[str, str]]]:
+    """(event, sentence) of everything that is told from here on."""
+    from loguru import logger
+
+    from sn29 import telemetry
+
+    found: list[tuple[str, str]] = []
+    telemetry.configure(level="CRITICAL")
+    handler = logger.add(lambda m: found.append((m.record["extra"]["event"], m.record["message"])), level="INFO")
+    yield found
+    logger.remove(handler)
 
 
 T = TypeVar("T")

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 from loopback_node import LoopbackNode
+from recorded import losses, round_record
 
-from sn29 import cli, doctor
+from sn29 import cli, doctor, record_files
 from sn29.chain import Chain
 from sn29.errors import Rejected
 from sn29.localnet import text
@@ -99,12 +100,12 @@ def test_everything_is_well_on_a_localnet(subnet, capsys, monkeypatch):
     assert [line.split()[:2] for line in lines] == [
         ["ok", name] for name in [*checks, "dataset", "device", "confinement", "permit", "stake", "store"]
     ]
-    miner = [flag for flag in subnet.flags if "state" not in flag]
+    miner = [*(flag for flag in subnet.flags if "state" not in flag), "--publish-at", "0"]
     assert cli.main(["doctor", "miner", *miner, "--work.dir", str(subnet.folder / "work"), "-w", "min", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["ok"] is True
     assert said["program"] == "miner"
-    assert [finding["check"] for finding in said["findings"]] == [*checks, "dataset", "token"]
+    assert [finding["check"] for finding in said["findings"]] == [*checks, "dataset", "records", "token"]
     made = {path.name for path in set(subnet.folder.rglob("*")) - set(before)}
     assert made <= {"chain.db-shm", "chain.db-wal"}, "nothing is written"
 
@@ -338,6 +339,26 @@ def test_a_store_of_another_chain(subnet, own, tmp_path):
 def test_a_token_that_the_hub_does_not_know(subnet, token):
     flags = ["--hub.endpoint", subnet.net.endpoint, "--hub.token", token, "--only", "token"]
     assert_red(findings(DoctorOfMiner, flags)["token"], "HF_TOKEN")
+
+
+def test_records_that_a_miner_would_measure_by(subnet, tmp_path):
+    def found(*flags: str) -> doctor.Finding:
+        return findings(DoctorOfMiner, [*miner_flags, "--only", "records", *flags])["records"]
+
+    miner_flags = [flag for flag in subnet.flags if "state" not in flag]
+    assert_red(found(), "a forecast needs them", "--records", "--publish-at 0")
+    assert found("--publish-at", "0").state == "ok"
+    assert found("--model", str(tmp_path)).state == "ok"
+    assert_red(found("--records", str(tmp_path / "nowhere")), "nowhere")
+    assert "no round has been judged yet" in found("--records", str(tmp_path)).said
+    record = round_record(360, losses(20, 1, ann=(0.0, 0.0)), {"ann": 5})
+    record_files.write(tmp_path / "records", record)
+    for folder in (tmp_path, tmp_path / "records"):
+        assert found("--records", str(folder)).said == "the newest one is of block 360: 1 models of c00 were evaluated"
+    assert_red(found("--records", str(tmp_path), "--competition", "c01"), "does not know c01")
+    (path,) = (tmp_path / "records").iterdir()
+    path.write_bytes(b"{}")
+    assert_red(found("--records", str(tmp_path)), "the round record is not usable")
 
 
 def test_a_check_that_does_not_exist(subnet):

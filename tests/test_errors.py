@@ -1,6 +1,10 @@
 from __future__ import annotations
 
-from sn29.errors import Reason, reasons_table
+import pickle
+
+import pytest
+
+from sn29.errors import Reason, Rejected, Sn29Error, Unavailable, reasons_table
 
 
 def test_every_reason_has_a_sentence_and_something_to_do():
@@ -17,3 +21,9 @@ def test_the_table_has_a_row_for_each():
     rows = reasons_table().splitlines()
     assert len(rows) == 2 + len(Reason)
     assert all(row.startswith(f"| `{reason.code}` | ") for row, reason in zip(rows[2:], Reason, strict=True))
+
+
+@pytest.mark.parametrize("error", [Unavailable("text", "gone", 3.0), Rejected(Reason.SETTING, 1, 2, "here")], ids=str)
+def test_a_failure_is_the_same_in_another_process(error: Sn29Error):
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))

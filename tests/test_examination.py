@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 from conftest import OnItsOwnLoop
-from loguru import logger
 
 from neurons.adapters import NOBODY, Tokenizers
 from sn29 import telemetry
@@ -106,29 +105,6 @@ def site(tmp_path: Path, evaluator: Evaluator) -> Iterator[Site]:
         site = Site(tmp_path, server, evaluator)
         yield site
         site.ports.store.close()
-
-
-@pytest.fixture
-def model(make_checkpoint, byte_tokenizer, tmp_path):
-    """model(seed) -> a legal checkpoint with its tokenizer in a folder of its own."""
-
-    def make(seed: int = 0, **config: Any) -> Path:
-        source = make_checkpoint(seed=seed, **config)
-        folder = shutil.copytree(source, tmp_path / "models" / source.name, dirs_exist_ok=True)
-        shutil.copy(byte_tokenizer, folder / "tokenizer.json")
-        return Path(folder)
-
-    return make
-
-
-@pytest.fixture
-def events() -> Iterator[list[tuple[str, str]]]:
-    """(event, sentence) of everything that is told from here on."""
-    found: list[tuple[str, str]] = []
-    telemetry.configure(level="CRITICAL")
-    handler = logger.add(lambda m: found.append((m.record["extra"]["event"], m.record["message"])), level="INFO")
-    yield found
-    logger.remove(handler)
 
 
 # --- liveness ---------------------------------------------------------------------------------------------------------

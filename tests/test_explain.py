@@ -76,6 +76,15 @@ def test_decay_alone_wins_at_the_first_block_at_which_it_does() -> None:
     assert block > 7560
 
 
+def test_a_record_without_scores_is_explained_all_the_same() -> None:
+    """Somebody's record may lack what the rules come to: they are computed again."""
+    record = one("champion", ann=(0.0, 0.01), bob=(0.004, 0.012))
+    bare = replace(record, competitions={"c00": replace(record.competitions["c00"], scores=())})
+    assert "lost to ann" in text(bare, "bob")
+    assert text(bare, "ann").endswith("  it has the largest weight")
+    assert "what is left of its advantage is 0.20 %" in text(record, "ann")
+
+
 def test_evidence_adds_up_under_champion_only() -> None:
     """Better by 0.25 %, of which 0.2 % are asked for: not shown by one window of 1,500 samples, and shown by some."""
     models = {"ann": (0.0, 0.0), "bob": (-0.0025, 0.002)}

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_examination import Site, events, model, site
+from test_examination import Site, site
 
 from sn29.localnet.http_exchange import Wire
 from sn29.localnet.hub_faults import Fault

@@ -266,11 +266,27 @@ def test_no_sample_counts_twice() -> None:
 def test_a_record_that_no_round_could_have_left_is_refused() -> None:
     record = rounds("champion", num=2)[-1]
     kept = record.competitions["c00"]
-    for memory in (kept.memory_after, {"holder": 5}, [], {"block": "x"}):
+    for memory in (kept.memory_after, *strange_memories(kept.memory_before)):
         other = replace(record, competitions={"c00": replace(kept, memory_before=memory)})
         with pytest.raises(Rejected) as error:
             replay.recompute(other)
         assert error.value.reason is Reason.RECORD
+    window = replace(kept.window, index=kept.window.index + 1)
+    for memory in strange_memories(kept.memory_after):
+        other = replace(record, competitions={"c00": replace(kept, memory_after=memory)})
+        with pytest.raises(Rejected, match="memory after"):
+            replay.memory_for(recorded.c00("champion"), window, other)
+
+
+def strange_memories(memory: Any) -> list[Any]:
+    """What a stranger's record may hold in place of this memory."""
+    (row, *_) = memory["evidence"]
+    changes: list[dict[str, Any]] = [
+        {"block": "x"}, {"block": 10**12}, {"holder": [1]}, {"holder": ["ann", 1]}, {"faced": -1}, {"evidence": [row[:1]]},
+        {"evidence": [[*row[:2], 0, *row[3:]]]}, {"evidence": [[*row[:3], -1, *row[4:]]]}, {"evidence": [[*row[:5], 1]]},
+        {"evidence": [[*row[:3], 2.5, *row[4:]]]}, {"evidence": [[*row[:5], 10**400]]}, {"past": 5}, {"copies": [["ann"]]},
+    ]  # fmt: skip
+    return [{"holder": 5}, [], *({**memory, **change} for change in changes)]
 
 
 # --- other rules ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from loguru import logger
 from loopback_node import LoopbackNode
 
 from neurons.adapters import Tokenizers, dataset_of, parse_texts, read_texts
@@ -121,29 +120,6 @@ def subnet(evaluator, tmp_path: Path) -> Iterator[Subnet]:
         subnet.wallet("validator", validator=True)
         yield subnet
     ledger.close()
-
-
-@pytest.fixture
-def model(make_checkpoint, byte_tokenizer, tmp_path):
-    """model(seed, to) -> a legal checkpoint with its tokenizer in a folder that may be changed."""
-
-    def make(seed: int = 0, **config) -> Path:
-        source = make_checkpoint(seed=seed, **config)
-        folder = shutil.copytree(source, tmp_path / "models" / f"{source.name}-{len(list(tmp_path.glob('models/*')))}")
-        shutil.copy(byte_tokenizer, folder / "tokenizer.json")
-        return folder
-
-    return make
-
-
-@pytest.fixture
-def events() -> Iterator[list[tuple[str, str]]]:
-    """(event, sentence) of everything that is told from here on."""
-    found: list[tuple[str, str]] = []
-    telemetry.configure(level="CRITICAL")
-    handler = logger.add(lambda m: found.append((m.record["extra"]["event"], m.record["message"])), level="INFO")
-    yield found
-    logger.remove(handler)
 
 
 def go(subnet: Subnet, state: str = "state", *, attempts: int = 1, timeout_s: float = 2, hub_kind=Hub, **machine):

@@ -267,6 +267,30 @@ def test_folders_are_read_by_block(record: RoundRecord, tmp_path: Path) -> None:
         record_files.paths([])
 
 
+def test_only_later_records_are_read_and_a_half_one_may_be_passed_over(record: RoundRecord, tmp_path: Path) -> None:
+    assert record_files.newest(tmp_path / "nowhere") is None
+    assert record_files.newest(tmp_path) is None
+    assert list(record_files.since(tmp_path / "nowhere", -1)) == []
+    paths = [record_files.write(tmp_path, replace(record, head=recorded.head(block))) for block in (720, 7_560, 10_080)]
+    assert [r.head.block for r in record_files.since(tmp_path, -1)] == [720, 7_560, 10_080]
+    assert [r.head.block for r in record_files.since(tmp_path, 720)] == [7_560, 10_080]
+    assert [r.head.block for r in record_files.since(paths[0], 719)] == [720]
+    assert list(record_files.since(paths[0], 720)) == []
+    newest = record_files.newest(tmp_path)
+    assert newest is not None
+    assert newest.head.block == 10_080
+    paths[2].write_bytes(paths[2].read_bytes()[:1000])
+    with pytest.raises(Rejected, match="as its name says"):
+        record_files.newest(tmp_path)
+    told: list[str] = []
+    newest = record_files.newest(tmp_path, lambda error: told.append(str(error)))
+    assert newest is not None
+    assert newest.head.block == 7_560
+    assert [r.head.block for r in record_files.since(tmp_path, 720, lambda error: told.append(str(error)))] == [7_560]
+    assert len(told) == 2
+    assert all(paths[2].name in text for text in told)
+
+
 def test_the_stated_size(capsys: pytest.CaptureFixture[str]) -> None:
     """What `round_record` says about 10 models x 1,500 samples."""
     models = {f"5{chr(97 + i) * 47}": (0.001 * i, 0.02) for i in range(10)}

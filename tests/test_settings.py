@@ -5,8 +5,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
+from annotated_types import Le
 
 from sn29 import cli
 from sn29.errors import Rejected
@@ -17,6 +19,7 @@ from sn29.settings import (
     LocalnetSettings,
     MinerSettings,
     NeuronSettings,
+    Setting,
     ValidatorSettings,
     programs,
     read,
@@ -106,17 +109,22 @@ def test_a_flag_beats_the_environment_beats_dotenv_beats_the_file_beats_the_defa
 
 
 _ANY = {
-    "config": None, "log.level": "WARNING", "subtensor.fallbacks": "ws://a,wss://b", "subtensor.archives": "ws://a",
-    "dtype": "float32", "round": "7", "weights.max-change": "0.5",
+    "config": None, "subtensor.fallbacks": "ws://a,wss://b", "subtensor.archives": "ws://a", "round": "7",
 }  # fmt: skip
 
 
-def _example(name: str, default: object) -> str | None:
+def _example(setting: Setting) -> str | None:
     """A value, as text, that is not the default."""
+    name, default = setting.names[0], setting.info.default
     if name in _ANY:
         return _ANY[name]
+    if get_origin(setting.info.annotation) is Literal:
+        return str(next(value for value in get_args(setting.info.annotation) if value != default))
     if isinstance(default, bool):
         return "false" if default else "true"
+    most = next((bound.le for bound in setting.info.metadata if isinstance(bound, Le)), None)
+    if isinstance(default, float) and most is not None:
+        return str(default / 2 or float(most) / 2)
     return str(default + 7) if isinstance(default, int | float) else "some/thing"
 
 
@@ -127,7 +135,7 @@ def test_every_setting_can_be_given_by_flag_environment_dotenv_and_file(kind, mo
     for setting in settings_of(kind):
         if setting.field in inherited:
             continue
-        text = _example(setting.names[0], setting.info.default)
+        text = _example(setting)
         if text is None:
             continue
         flag = f"--{setting.names[0]}"
@@ -183,7 +191,7 @@ def test_a_file_by_another_name_must_exist(monkeypatch):
     [
         ("walet: {name: x}", ["walet.name", "such as wallet.name"]),
         ("weights: {max_change: 1}", ["weights.max_change", "such as weights.max-change"]),
-        ("threads: 3", ["threads", "miner.threads or validator.threads"]),
+        ("threads: 3", ["threads", "miner.threads", "validator.threads"]),
         ("wallet.name: a\nwallet: {name: b}\n", ["wallet.name", "twice"]),
         ("wallet: a\nwallet.name: b\n", ["wallet.name and wallet", "same setting"]),
         ("netuid: many", ["sn29.yaml netuid", "many", "integer"]),

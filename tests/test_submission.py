@@ -8,16 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import submitting
+from recorded import losses, refused, round_record
 from submitting import NETUID, WatchedChain, WatchedHub
-from test_round import RULES, WINDOW, Subnet, go, model, reasons, subnet  # noqa: F401  (two of them are fixtures)
+from test_round import RULES, WINDOW, Subnet, go, reasons, subnet  # noqa: F401  (one of them is a fixture)
 
-from sn29 import telemetry
+from sn29 import record_files, telemetry
 from sn29.errors import Reason, Rejected, Unavailable
+from sn29.explain import Passage
 from sn29.hub import Hub
 from sn29.localnet.hub import LoopbackHub
 from sn29.localnet.ledger import Call, Included, Ledger, LedgerSubstrate
@@ -25,7 +28,7 @@ from sn29.models import checkpoint
 from sn29.records import Commitment, ModelId, Sealed
 from sn29.rules.competition import Competition, parse_competition
 from sn29.store import Store
-from sn29.submission import submit
+from sn29.submission import follow_up, named_in, submit, verdict
 
 
 @contextmanager
@@ -169,7 +172,7 @@ def test_a_front_runner_beats_a_public_upload_and_nothing_else(subnet, model):  
     }  # fmt: skip
 
 
-def test_what_a_sealed_miner_shows_at_which_step(quick, model):  # noqa: F811
+def test_what_a_sealed_miner_shows_at_which_step(quick, model):
     """The order of the steps, and what can be seen by others after each of them."""
     seen: list[tuple[str, str, bool]] = []
     quick.wallet("ann")
@@ -192,7 +195,7 @@ def test_what_a_sealed_miner_shows_at_which_step(quick, model):  # noqa: F811
     assert quick.ledger.next_nonce(quick.hotkey("ann")) == 2, "a seal and a commitment were written"
 
 
-def test_a_fork_that_takes_the_commitment_away_shows_nothing(tmp_path, model):  # noqa: F811
+def test_a_fork_that_takes_the_commitment_away_shows_nothing(tmp_path, model):
     """What is shown once a commitment is included can be stolen when its block is replaced; shown once it is final, not."""
     with world(tmp_path, block_seconds=0.2, finality_lag=12) as forking:
         folder, fork = model(seed=1), Fork(forking, "ann")
@@ -206,7 +209,7 @@ def test_a_fork_that_takes_the_commitment_away_shows_nothing(tmp_path, model):  
         assert is_public(forking, "ann/model")
 
 
-def test_a_fork_that_moves_the_commitment_to_a_later_block_is_followed(tmp_path, model):  # noqa: F811
+def test_a_fork_that_moves_the_commitment_to_a_later_block_is_followed(tmp_path, model):
     with world(tmp_path, block_seconds=0.2, finality_lag=12) as forking:
         fork = Fork(forking, "ann", again=True)
         commitment = submitted(forking, "ann", model(seed=1), fork.turn)
@@ -275,7 +278,7 @@ def test_the_block_of_a_commitment_that_was_repeated_is_remembered(subnet, model
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_submission_that_is_repeated_hides_and_writes_nothing(quick, model):  # noqa: F811
+def test_a_submission_that_is_repeated_hides_and_writes_nothing(quick, model):
     folder = model(seed=1)
     quick.wallet("ann")
     commitment = submitted(quick, "ann", folder)
@@ -285,7 +288,7 @@ def test_a_submission_that_is_repeated_hides_and_writes_nothing(quick, model):  
     assert quick.ledger.next_nonce(quick.hotkey("ann")) == 1
 
 
-def test_an_update_that_breaks_a_rule_leaves_what_stands_in_sight(quick, model):  # noqa: F811
+def test_an_update_that_breaks_a_rule_leaves_what_stands_in_sight(quick, model):
     quick.wallet("ann")
     commitment = submitted(quick, "ann", model(seed=1))
     steps: list[str] = []
@@ -297,7 +300,7 @@ def test_an_update_that_breaks_a_rule_leaves_what_stands_in_sight(quick, model):
     assert on_chain(quick, "ann") == commitment.encode()
 
 
-def test_an_update_that_cannot_be_committed_stays_private_until_it_is(quick, model):  # noqa: F811
+def test_an_update_that_cannot_be_committed_stays_private_until_it_is(quick, model):
     """The files are on the Hub and nobody has claimed them: whoever saw them now could."""
     quick.wallet("ann")
     first = submitted(quick, "ann", model(seed=1))
@@ -313,7 +316,7 @@ def test_an_update_that_cannot_be_committed_stays_private_until_it_is(quick, mod
     assert second.model != first.model
 
 
-def test_too_long_a_name_is_said_before_anything_is_uploaded(quick, model):  # noqa: F811
+def test_too_long_a_name_is_said_before_anything_is_uploaded(quick, model):
     quick.wallet("ann")
     hub = WatchedHub(quick.hub.endpoint, quick.hub.add_user("ann"), pytest.fail)
 
@@ -326,7 +329,7 @@ def test_too_long_a_name_is_said_before_anything_is_uploaded(quick, model):  # n
 
 
 @pytest.mark.parametrize(("rule", "lost"), [("oldest_holder", "the age of its claim"), ("champion", "the crown")])
-def test_a_hotkey_that_is_paid_is_warned_before_it_gives_its_place_up(quick, model, tmp_path, rule, lost):  # noqa: F811
+def test_a_hotkey_that_is_paid_is_warned_before_it_gives_its_place_up(quick, model, tmp_path, rule, lost):
     text = (
         RULES
         if rule == "oldest_holder"
@@ -360,7 +363,7 @@ class Paid(LedgerSubstrate):
 # --- kill -9 ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_sealed_submission_killed_between_any_two_steps_ends_the_same(tmp_path, model):  # noqa: F811
+def test_a_sealed_submission_killed_between_any_two_steps_ends_the_same(tmp_path, model):
     """Six steps, a miner killed after each of them and started again; and one that is killed after all of them in turn."""
     with world(tmp_path) as killing:
         deaths = {f"after{n}": [n] for n in range(1, 7)} | {"often": [3, 4, 5, 5]}
@@ -379,3 +382,93 @@ def test_a_sealed_submission_killed_between_any_two_steps_ends_the_same(tmp_path
             files = Hub(killing.hub.endpoint).listing(commitment.model).files
             assert commitment.digest == checkpoint.digest(checkpoint.content_id(files), killing.hotkey(name))
             assert killing.ledger.next_nonce(killing.hotkey(name)) == 2, "one seal and one commitment, neither of them twice"
+
+
+# --- afterwards -------------------------------------------------------------------------------------------------------
+
+
+def test_what_became_of_a_commitment_is_the_newest_record_that_names_it(tmp_path):
+    first = round_record(360, losses(50, 1, ann=(0.0, 0.0)), {"ann": 5}, others=[refused("bob", 7)])
+    second = round_record(720, losses(50, 2, ann=(0.0, 0.0), eve=(-0.2, 0.01)), {"ann": 5, "eve": 600}, before=first)
+    third = round_record(1080, losses(50, 3, eve=(-0.2, 0.01)), {"eve": 600}, before=second)
+    records = (first, second, third)
+    model = first.competitions["c00"].models[0].outcome.model
+    found = named_in(records, "ann", model)
+    assert found is not None
+    assert (found.block, found.place, found.num_models) == (720, 2, 2)
+    assert verdict(found).startswith("round of block 720, c00: accepted, ")
+    assert verdict(found).endswith("50 samples, place 2 of 2, 0.00% of the competition's reward")
+    assert named_in(records, "ann", model.replace("a" * 40, "c" * 40)) is None, "another revision is another commitment"
+    no = named_in(records, "bob", f"bob/model@{'b' * 40}")
+    assert no is not None
+    assert verdict(no).startswith("round of block 360, c00: refused: bob: the number of parameters is outside ")
+    assert verdict(no).endswith("(got 9, rule at most 8)")
+
+
+def test_a_commitment_that_nobody_could_look_at_is_not_named_yet():
+    gone = replace(
+        refused("ann", 7), outcome=replace(refused("ann", 7).outcome, status="unavailable", reason="", detail="no answer")
+    )
+    waits = replace(
+        refused("bob", 7), outcome=replace(refused("bob", 7).outcome, status="waiting", reason="waiting", detail="no place")
+    )
+    record = round_record(360, losses(50, 1, eve=(0.0, 0.0)), {"eve": 5}, others=[gone, waits])
+    assert named_in((record,), "ann", f"ann/model@{'b' * 40}") is None
+    found = named_in((record,), "bob", f"bob/model@{'b' * 40}")
+    assert found is not None
+    assert verdict(found) == "round of block 360, c00: waiting: no place"
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_submission_is_followed_until_a_record_names_it_or_the_windows_are_over(quick, tmp_path, comes):
+    """Records of windows before the commitment's own do not count, nor do those of others."""
+    records = tmp_path / "records"
+    quick.wallet("ann")
+    ann = Commitment("ann", 400, ModelId("ann", "model", "a" * 40), "digest", "c00")
+    record_files.write(records, round_record(360, losses(50, 1, ann=(0.0, 0.0)), {"ann": 5}))
+    quick.ledger.advance(400)
+    looks: list[str] = []
+
+    def turn(step: str) -> None:
+        looks.append(step)
+        if len(looks) == 1:
+            raise Unavailable("the node", "no answer")  # and is asked again
+        if len(looks) == 2:
+            name = "ann" if comes else "bob"
+            record_files.write(records, round_record(720, losses(50, 2, **{name: (0.0, 0.0)}), {name: 400}))
+        quick.ledger.advance(200)
+
+    async def story() -> Passage | None:
+        async with WatchedChain(quick.folder / "chain.db", quick.wallet("ann"), turn) as chain:
+            return await follow_up(chain, records, ann, window_blocks=360, windows=2, poll_s=0.01)
+
+    found = asyncio.run(story())
+    if comes:
+        assert found is not None
+        assert found.block == 720
+        assert 2 <= len(looks) <= 5, "from the second on it is there, at block 720 it is believed"
+    else:
+        assert found is None
+        assert 5 <= len(looks) <= 8, "blocks 720 to 1440, at 200 a look"
+
+
+def test_a_submission_that_waits_for_a_place_is_followed_on(quick, tmp_path):
+    records = tmp_path / "records"
+    quick.wallet("ann")
+    ann = Commitment("ann", 400, ModelId("ann", "model", "b" * 40), "digest", "c00")
+    blocks = [720, 1080, 1440]
+    quick.ledger.advance(2000)
+
+    def turn(_: str) -> None:
+        block = blocks.pop(0)
+        no, reason = refused("ann", 400), "waiting" if blocks else "out_of_reach"
+        waits = replace(no, outcome=replace(no.outcome, status="waiting", reason=reason, detail="no place"))
+        record_files.write(records, round_record(block, losses(50, 2, bob=(0.0, 0.0)), {"bob": 400}, others=[waits]))
+
+    async def story() -> Passage | None:
+        async with WatchedChain(quick.folder / "chain.db", quick.wallet("ann"), turn) as chain:
+            return await follow_up(chain, records, ann, window_blocks=360, windows=5, poll_s=0.01)
+
+    found = asyncio.run(story())
+    assert found is not None
+    assert (found.block, found.outcome.reason) == (1440, "out_of_reach")

@@ -325,7 +325,7 @@ class Stage:
         work = self.folder / (f"{miner.name}-{again + 1}" if again else miner.name)
         flags = (
             *self.common_flags(localnet, miner.name), "--repo", f"{miner.name}/model", "--competition", miner.competition,
-            "--work.dir", str(work), "--threads", "1", *miner.flags,
+            "--work.dir", str(work), "--threads", "1", "--cycles", "1", "--publish-at", "0", *miner.flags,
         )  # fmt: skip
         return self.start(work.name, *program, *flags, token=localnet.hub_token(miner.name))
 

@@ -88,6 +88,11 @@ def is_content(path: str) -> bool:
     return path.endswith((".safetensors", ".json"))
 
 
+def is_allowed(path: str) -> bool:
+    """Whether a repository of a model may hold a file of this name at all."""
+    return _ALLOWED_FILE.fullmatch(path) is not None
+
+
 def weights_id(files: Iterable[RepoFile]) -> str:
     """sha256 hex over the sorted object ids of the *.safetensors files: unchanged by another config or file name."""
     oids = sorted(f.oid for f in files if f.path.endswith(".safetensors"))

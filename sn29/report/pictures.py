@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sn29.report.style import MINERS, ROLES, variables
+from sn29.report.style import GREY, MINERS, ROLES, variables
 
 WIDTH = 420
 MAX_POINTS = 300
@@ -132,6 +133,66 @@ def curves(lines: Sequence[Line], smooth: Sequence[Line], top: float, alt: str) 
         return _svg(figure, "curves", alt)
 
 
+def training_curve(tokens: Sequence[float], losses: Sequence[float], alt: str) -> str:
+    """A file of its own: loss in nats per token against scored tokens, each step in light and smoothed on top."""
+    x, y = list(tokens), list(losses)
+    mean = smoothed(y)
+    top = max(mean[len(y) // 50 :])
+    raw, smooth = Line("", 0, thinned(x), thinned(y)), Line("loss", 0, thinned(x), thinned(mean))
+    return standalone(curves([raw], [smooth], top * 1.02, alt))
+
+
+def gaps(rows: Sequence[tuple[str, float, tuple[float, float] | None, tuple[float, float]]], alt: str) -> str:
+    """Differences in percent, one below the other: (label, value, wide interval in light or None, narrow one in dark)."""
+    line, width = 46, WIDTH
+    height = 26 + line * len(rows) + 24
+    ends = [0.0, *(x for _, value, wide, narrow in rows for x in (value, *(wide or ()), *narrow))]
+    low, high = min(ends), max(ends)
+    margin = 0.06 * (high - low) or 0.1
+    with _figure(width, height) as figure:
+        axes = _axes(figure, 8, 30, width - 70, height - 38)
+        axes.set_xlim(low - margin, high + margin)
+        axes.set_ylim(len(rows), 0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(length=0, labelsize=11, pad=5)
+        axes.set_yticks([])
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g} %".replace("-", "−") if value else "0"))
+        axes.axvline(0, color=_MUTED, linewidth=1)
+        for row, (label, value, wide, narrow) in enumerate(rows):
+            at = row + 0.68
+            colour = _MORE if value <= 0 else _LESS
+            if wide is not None:
+                axes.plot(wide, (at, at), color=colour, linewidth=7, alpha=0.3, solid_capstyle="butt")
+            axes.plot(narrow, (at, at), color=colour, linewidth=3, solid_capstyle="butt")
+            axes.plot([value], [at], "o", color=colour, markersize=7, markeredgewidth=0)
+            axes.text(0, row + 0.22, label, color=_INK, fontsize=11, va="center", transform=axes.get_yaxis_transform())
+            shown = f"{value:+.2f} %".replace("-", "−")
+            axes.text(1.01, at, shown, color=_INK, fontsize=11, va="center", transform=axes.get_yaxis_transform())
+        return _svg(figure, "gaps", alt)
+
+
+def above(lines: Sequence[Line], along: str, what: str, alt: str, *, doubling: bool = False) -> str:
+    """Lines about a baseline at 0; `doubling`: each step to the right is twice as far."""
+    ends = max(len(line.label) for line in lines) * _CHARACTER + 22
+    with _figure(WIDTH, 280) as figure:
+        axes = _axes(figure, 46, 40, WIDTH - 46 - ends, 218)
+        _grid(axes)
+        axes.axhline(0, color=_MUTED, linewidth=1)
+        first = math.log2(min(line.x[0] for line in lines)) if doubling else 0.0
+        drawn = [Line(n.label, n.colour, [math.log2(x) - first for x in n.x], n.y) if doubling else n for n in lines]
+        for line in drawn:
+            axes.plot(line.x, line.y, color=_miner(line.colour), linewidth=2, marker="o" if doubling else "", markersize=4)
+        axes.set_xlim(0, max(line.x[-1] for line in drawn))
+        axes.xaxis.set_major_locator(MaxNLocator(9 if doubling else 4, integer=doubling, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{2 ** round(x + first)}" if doubling else _short(x)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}".replace("-", "−") if value else "0"))
+        axes.set_xlabel(along)
+        axes.set_title(what, loc="left", fontsize=11, color=_MUTED, pad=4, x=-0.1)
+        _label_ends(axes, drawn)
+        return _svg(figure, "above", alt)
+
+
 def weights(names: Sequence[tuple[str, int]], panels: Sequence[tuple[str, Sequence[float]]], alt: str) -> str:
     """Bars, a panel for each (title, weights in the order of `names`), all on one scale."""
     left = max(len(label) for label, _ in names) * _CHARACTER + 24
@@ -160,14 +221,39 @@ def weights(names: Sequence[tuple[str, int]], panels: Sequence[tuple[str, Sequen
         return _svg(figure, "weights", alt, wide=width > WIDTH)
 
 
+def lengths(names: Sequence[str], documents: Sequence[float], tokens: Sequence[float], alt: str) -> str:
+    """Bars, two for each bucket of lengths: its share of the documents and of the tokens, 0 to 1."""
+    with _figure(WIDTH, 260) as figure:
+        axes = _axes(figure, 40, 40, WIDTH - 48, 190)
+        _grid(axes)
+        for shares, colour, shift, label in ((documents, GREY, -0.2, "of the documents"), (tokens, 0, 0.2, "of the tokens")):
+            places = [at + shift for at in range(len(shares))]
+            axes.bar(places, [100 * share for share in shares], 0.38, color=_miner(colour), label=label)
+        every = -(-len(names) // 9)  # more would touch each other
+        axes.set_xticks(range(0, len(names), every), names[::every])
+        axes.set_xlabel("tokens of a document, from here to twice as many")
+        axes.set_title("%", loc="left", fontsize=11, color=_MUTED, x=-0.06, pad=4)
+        axes.legend(frameon=False, fontsize=11, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, labelcolor=_INK)
+        return _svg(figure, "lengths", alt)
+
+
+def standalone(svg: str) -> str:
+    """A picture as a file of its own: its colours follow the reader's light or dark paper, as on the page."""
+    light, dark = ("".join(f"--{name}:{pair[at]};" for name, pair in variables().items()) for at in (0, 1))
+    style = f"svg{{{light}background:var(--paper)}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}"
+    head, _, rest = svg.partition(">")
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'{head} {spaces} font-family="system-ui, sans-serif"><style>{style}</style>{rest}\n'
+
+
 def smoothed(values: Sequence[float]) -> list[float]:
     """A running mean over about a fifteenth of the values: symmetric at the steep start, one-sided at the end."""
     half = max(1, len(values) // 30)
+    sums = list(accumulate(values, initial=0.0))
     found = []
     for at in range(len(values)):
-        reach = min(at, half)
-        part = values[at - reach : at + reach + 1]
-        found.append(math.fsum(part) / len(part))
+        first, end = at - min(at, half), min(at + min(at, half) + 1, len(values))
+        found.append((sums[end] - sums[first]) / (end - first))
     return found
 
 

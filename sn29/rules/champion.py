@@ -330,7 +330,7 @@ def _fight(window: _Window, reign: _Reign, first: Sequence[int]) -> tuple[list[D
             continue
         known = now.evidence.get(window.who(row)) or Evidence(window.who(row), now.faced + 1, Sums())
         evidence = replace(known, sums=known.sums + sums_of(*window.ratios(row, at)))
-        needed, threshold = window.needed(now.holder.hotkey), _threshold(window.rule, evidence.rank)
+        needed, threshold = window.needed(now.holder.hotkey), evidence_needed(window.rule, evidence.rank)
         shown = log_evidence(evidence.sums, needed) >= threshold
         bouts.append(_Bout(row, now.holder, evidence, needed, threshold, shown, shown and next_reign is None))
         now = replace(now, faced=max(now.faced, evidence.rank), evidence={**now.evidence, evidence.who: evidence})
@@ -343,7 +343,7 @@ def _fight(window: _Window, reign: _Reign, first: Sequence[int]) -> tuple[list[D
     return _duels(window, bouts), next_reign or now
 
 
-def _threshold(rule: Champion, rank: int) -> float:
+def evidence_needed(rule: Champion, rank: int) -> float:
     """Evidence that the challenger of this rank needs: ln(1 / its part of the error rate)."""
     return math.log(rank * (rank + 1) / rule.error_rate)
 
@@ -437,7 +437,7 @@ def open_duels(rule: Champion, memory: Memory, entries: Mapping[str, Entry], blo
     return tuple(
         _duels(
             replace(window, hotkeys=tuple(e.who.hotkey for e in known)),
-            [_Bout(i, holder, e, needed, _threshold(rule, e.rank), False, False) for i, e in enumerate(known)],
+            [_Bout(i, holder, e, needed, evidence_needed(rule, e.rank), False, False) for i, e in enumerate(known)],
         )
     )
 
@@ -504,7 +504,7 @@ def _redrawn(window: _Window, row: int, at: int, before: Sums, rank: int, times:
     squared = (squares.astype(np.float64) + float(before.squares)) / UNIT**2
     needed = window.needed(window.hotkeys[at])
     found = log_evidences(n.astype(np.float64) + before.count, gains, squared, needed)
-    return np.asarray(found >= _threshold(window.rule, rank))
+    return np.asarray(found >= evidence_needed(window.rule, rank))
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------

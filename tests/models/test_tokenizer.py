@@ -13,7 +13,7 @@ import pytest
 from sn29.errors import Reason, Rejected
 from sn29.evaluation.engine import sample_nats
 from sn29.localnet.text import Texts, build, default_cache
-from sn29.models.tokenizer import Tokenizer
+from sn29.models.tokenizer import Tokenizer, train_bpe
 
 ADVERSARIAL = (
     "",
@@ -365,3 +365,31 @@ def test_a_text_without_a_token_is_no_text_that_came_back(byte_tokenizer: Path, 
     assert tokenizer.encode("text") == []
     assert tokenizer.round_trips("", [])
     assert not tokenizer.round_trips("text", [])
+
+
+# --- a vocabulary of one's own ----------------------------------------------------------------------------------------
+
+RIVER = ["The river runs through the old town.", "A stone, a river and an old stone bridge.", "naïve café \U0001f469"] * 20
+
+
+def test_a_trained_vocabulary_is_lossless_and_the_same_each_time(tmp_path: Path) -> None:
+    made = train_bpe(RIVER, 300)
+    assert train_bpe(RIVER, 300) == made
+    path = tmp_path / "tokenizer.json"
+    path.write_text(made)
+    tokenizer = Tokenizer.load(path)
+    tokenizer.check_lossless()
+    assert tokenizer.id_of("<|endoftext|>") == 0
+    assert tokenizer.largest_id() == 299
+    assert tokenizer.round_trips(RIVER[0], ids := tokenizer.encode(RIVER[0]))
+    assert len(ids) < 20 < len(RIVER[0])
+    assert 0 not in tokenizer.encode("<|endoftext|>")
+
+
+def test_a_vocabulary_without_room_or_text_is_refused() -> None:
+    with pytest.raises(Rejected) as refused:
+        train_bpe(RIVER, 256)
+    assert (refused.value.reason, refused.value.got) == (Reason.SETTING, "256 entries")
+    with pytest.raises(Rejected) as refused:
+        train_bpe(["", ""], 300)
+    assert refused.value.reason is Reason.TOKENIZER

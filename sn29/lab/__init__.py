@@ -1,0 +1,1 @@
+"""Numbers: what a choice would cost, before it is paid for."""

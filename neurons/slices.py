@@ -152,4 +152,6 @@ def _write_down(folder: Path, error: Sn29Error) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from sn29.training.parallel import end
+
+    end(main())

@@ -34,14 +34,17 @@ def train(words: list[str]) -> int:
     settings = read(TrainSettings, words)
     if settings.processes > 1 and "WORLD_SIZE" not in os.environ:
         return _spread(settings.processes, words)
-    from sn29.training.parallel import join
+    from sn29.training.parallel import end, join
 
     world = join(settings.train_device)
     try:
         with speaking(world):
-            return _run(settings, world)
+            status = _run(settings, world)
     finally:
         world.leave()
+    if world.processes > 1:
+        end(status)
+    return status
 
 
 @contextmanager

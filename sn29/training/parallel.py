@@ -9,10 +9,11 @@ scored tokens) and state folders of its own that would have to be kept out. `ful
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,17 @@ class World:
     def leave(self) -> None:
         if self.processes > 1:
             dist.destroy_process_group()
+
+
+def end(status: int) -> NoReturn:
+    """Ends this process at once, when all is written and the world is left.
+
+    gloo's threads are still there then, and Python's own end, which does not wait for them, aborted 4 of 29 processes that had
+    gone on with a run: what was finished looked killed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def alone(device: str) -> World:

@@ -11,7 +11,7 @@ from runs import SHAPE, Pieces, ignore, recipe_of
 
 from sn29.errors import Sn29Error, Unavailable
 from sn29.training.optimizers import KINDS, is_installed
-from sn29.training.parallel import join
+from sn29.training.parallel import end, join
 from sn29.training.trainer import train
 
 CASES = {
@@ -59,3 +59,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end(0)

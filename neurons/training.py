@@ -262,8 +262,9 @@ def tokenizer_of(settings: TrainingSettings, competition: Competition, hub: Hub,
     prescribed = tokenizer_for(competition, own is not None)
     if prescribed is not None:
         return Tokenizers(hub, settings.work_dir / "tokenizers")(prescribed).path, False
-    if own is None:
-        raise Rejected(Reason.SETTING, "no --tokenizer", f"a tokenizer.json: {competition.name} has a free one", "--tokenizer")
+    if own is None or not own.is_file():
+        got = f"no file {own}" if own else "no --tokenizer"
+        raise Rejected(Reason.SETTING, got, f"a tokenizer.json: {competition.name} has a free one", "--tokenizer")
     return own, True
 
 

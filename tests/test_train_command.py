@@ -209,6 +209,7 @@ def test_sources_are_read_from_their_flag(tmp_path):
         (["--config-file", "none.json"], "none.json"),
         (["--context", "500"], "a context of 500 tokens, rule 0 to 127"),
         (["--competition", "c09"], "c09"),
+        (["--tokenizer", "none.json"], "--tokenizer: .*got no file none.json"),
         (["--num-heads", "3"], "a width of 16 for 3 heads, rule an even width"),
         (["--num-heads", "16"], "a width of 16 for 16 heads, rule an even width"),
         (["--num-heads", "8", "--num-kv-heads", "3"], "8 heads with 3 heads of keys and values"),

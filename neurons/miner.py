@@ -95,7 +95,7 @@ def _this_task() -> asyncio.Task[object]:
 
 def _check_records(settings: MinerSettings) -> None:
     """What the loop needs is said before it trains. Raises Rejected(SETTING)."""
-    from neurons.training import CHAMPION
+    from sn29.mining import CHAMPION
 
     if settings.records is not None and not settings.records.exists():
         raise Rejected(Reason.SETTING, f"no {settings.records}", "a folder of a validator's round records", "--records")

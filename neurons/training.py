@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from sn29.training.trainer import Progress, Recipe, Shape
 
 ABOUT = "training.json"
-CHAMPION = "champion"
 _TEXTS_AT_ONCE = 64
 """Documents that are tokenised together: the library then uses all cores."""
 _PATIENCE_S = 600.0
@@ -278,6 +277,7 @@ def fetched_start(start: str, competition: Competition, hub: Hub, work_dir: Path
     the crown by the newest of a validator's records. From the Hub it is inspected before it is fetched into
     `work_dir/starts/REVISION`, and every file is checked. Raises Rejected(SETTING), as `checkpoint.inspect`, Unavailable.
     """
+    from sn29.mining import CHAMPION
     from sn29.models import checkpoint
     from sn29.models.fetch import fetch
     from sn29.records import ModelId
@@ -305,7 +305,7 @@ def fetched_start(start: str, competition: Competition, hub: Hub, work_dir: Path
 
 def champion_of(competition: str, records: Path | None) -> str:
     """namespace/name@revision of who has the largest weight in the newest record. Raises Rejected(SETTING | RECORD)."""
-    from sn29.mining import holder_in
+    from sn29.mining import CHAMPION, holder_in
 
     if records is None:
         raise Rejected(Reason.SETTING, "no --records", "a folder of a validator's round records", f"--start {CHAMPION}")

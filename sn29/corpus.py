@@ -606,31 +606,3 @@ def _order(count: int, *key: int) -> list[int]:
     digest = hashlib.sha256(json.dumps(key).encode()).digest()
     numbers = np.random.Philox(key=int.from_bytes(digest[:16])).random_raw(count)
     return [int(at) for at in np.argsort(numbers, kind="stable")]
-
-
-def documents(files: Sequence[Path], column: str, *, seed: int, shuffle_buffer: int = 0, skip: int = 0) -> Iterator[str]:
-    """The documents of parquet files, once: the same order for the same seed, from document number `skip` on.
-
-    Shuffled are the files, then the documents through a buffer of `shuffle_buffer` (0: as they lie, files in given
-    order). Skipping reads what it skips: 15,000 documents take 0.1 s. Raises Rejected(DATASET) without a file.
-    """
-    if not files:
-        raise Rejected(Reason.DATASET, "no file", "at least one parquet file")
-    # Imported here: it takes 0.8 s, and its first stream imports torch; a validator, which only draws, needs neither.
-    from datasets import IterableDataset
-
-    # Not IterableDataset.from_parquet: a stream of it that is open when the interpreter ends aborts the process
-    # (the scanner's threads, pyarrow 26), about every second time.
-    source = {"files": [str(path) for path in files], "column": column}
-    stream = IterableDataset.from_generator(_rows, gen_kwargs=source)
-    if shuffle_buffer > 1:
-        # One file at a time fills the buffer; the default of ten is 20 times slower.
-        stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer, max_buffer_input_shards=1)
-    return (row["text"] for row in stream.skip(skip))
-
-
-def _rows(files: Sequence[str], column: str) -> Iterator[dict[str, str]]:
-    for path in files:
-        with _reading(path), Path(path).open("rb") as file:
-            for batch in pq.ParquetFile(file).iter_batches(columns=[column], use_threads=False):
-                yield from ({"text": text} for text in batch[column].to_pylist())

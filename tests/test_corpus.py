@@ -26,7 +26,6 @@ from sn29.corpus import (
     TextSource,
     TrainingText,
     capped,
-    documents,
     draw,
     one_pass,
     sample_id,
@@ -242,8 +241,6 @@ def test_text_that_is_not_utf_8_is_refused_with_file_and_row_group(tmp_path: Pat
         with pytest.raises(Rejected, match=r"data/x\.parquet: .*got row group 1: .*rule a parquet file .* UTF-8") as caught:
             read()
         assert caught.value.reason == Reason.DATASET
-    with pytest.raises(Rejected, match=r"x\.parquet: .*UTF-8"):
-        list(documents([tmp_path / "x.parquet"], "text", seed=0))
 
 
 @pytest.mark.parametrize("failure", [OSError("connection reset"), Unavailable("data/x.parquet", "connection reset")])
@@ -296,37 +293,13 @@ def test_a_file_is_a_source_of_its_own(tmp_path: Path) -> None:
     assert LocalFile(tmp_path, "plain[1].bin").revision != changed
 
 
-def training_files(folder: Path) -> list[Path]:
-    return sorted((folder / "data").glob("*.parquet"))
-
-
-def test_documents_come_once_in_an_order_that_can_be_had_again(folder: Path) -> None:
-    files = training_files(folder)
-    first = list(documents(files, "text", seed=1, shuffle_buffer=50))
-    assert sorted(first) == sorted(str(text) for text in numbered(0, 900))
-    assert first == list(documents(files, "text", seed=1, shuffle_buffer=50))
-    assert first != list(documents(files, "text", seed=2, shuffle_buffer=50))
-    assert first[123:] == list(documents(files, "text", seed=1, shuffle_buffer=50, skip=123))
-
-
-def test_documents_without_a_buffer_come_as_they_lie(folder: Path) -> None:
-    assert list(documents(training_files(folder), "text", seed=1)) == numbered(0, 900)
-
-
-def test_documents_of_a_file_that_is_gone_are_unavailable(folder: Path) -> None:
-    with pytest.raises(Unavailable, match=r"gone\.parquet"):
-        next(documents([folder / "gone.parquet"], "text", seed=1))
-    with pytest.raises(Rejected, match="no file"):
-        documents([], "text", seed=1)
-
-
 def test_a_process_that_leaves_a_stream_unfinished_ends_well(folder: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from sn29.corpus import documents\n"
-        "stream = documents([Path(p) for p in sys.argv[1:]], 'text', seed=1, shuffle_buffer=100)\n"
+        "import sys; from pathlib import Path; from sn29.corpus import LocalFolder, TextSource, TrainingText\n"
+        "stream = TrainingText([TextSource(LocalFolder(Path(sys.argv[1])), '', 'text')], seed=1)\n"
         "print(next(stream))"
     )
-    command = [sys.executable, "-c", program, *map(str, training_files(folder))]
+    command = [sys.executable, "-c", program, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("text number")

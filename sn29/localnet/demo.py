@@ -421,15 +421,16 @@ async def _weights_on_chain(localnet: Localnet, hotkey: str) -> dict[str, float]
 
 def unigram(texts: text.Texts, record: RoundRecord) -> dict[str, float]:
     """Bits per byte of a unigram model with add-one smoothing, fitted on all training text, on the samples of a record."""
-    from sn29.corpus import capped, documents
+    from sn29.corpus import LocalFolder, TextSource, capped, one_pass
     from sn29.models.tokenizer import Tokenizer
 
     found = {}
-    drawn_from = (capped(t, MAX_CHARS) for t in documents(sorted(texts.dataset.glob("data/eval-*.parquet")), "text", seed=0))
+    data = LocalFolder(texts.dataset)
+    drawn_from = (capped(t, MAX_CHARS) for t in one_pass(TextSource(data, "data/eval-*.parquet", "text"), seed=0))
     evaluation = {hashlib.sha256(t.encode()).hexdigest()[:32]: t for t in drawn_from}
     for name, folder in (("c00", texts.gpt4), ("c01", texts.llama32k)):
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        training = documents(sorted(texts.dataset.glob(TRAINING_FILES)), "text", seed=0)
+        training = one_pass(TextSource(data, TRAINING_FILES, "text"), seed=0)
         counts = Counter(i for ids in tokenizer.encode_batch(list(training)) for i in ids)
         total = sum(counts.values()) + tokenizer.largest_id() + 1
         samples = [evaluation[s.id] for s in record.competitions[name].samples]

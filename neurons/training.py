@@ -11,8 +11,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,11 +38,6 @@ _PATIENCE_S = 600.0
 """Seconds for which text that cannot be read is asked for again, with pauses that double from one second."""
 _USUAL_RATE = 6e-3
 """AdamW's learning rate where none is given: for models as small as the flags' defaults."""
-_PEAK_TFLOPS = {
-    "B200": 2250, "GB200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "RTX 4090": 165, "A10": 125,
-    "L4": 121, "RTX 3090": 71, "T4": 65,
-}  # fmt: skip
-"""Dense 16-bit tensor TFLOP/s by the vendor's sheets, by a part of the device's name; the longest part that fits counts."""
 
 
 def never() -> bool:
@@ -278,9 +273,6 @@ def fetched_start(start: str, competition: Competition, hub: Hub, work_dir: Path
     `work_dir/starts/REVISION`, and every file is checked. Raises Rejected(SETTING), as `checkpoint.inspect`, Unavailable.
     """
     from sn29.mining import CHAMPION
-    from sn29.models import checkpoint
-    from sn29.models.fetch import fetch
-    from sn29.records import ModelId
 
     if not start:
         return None
@@ -288,19 +280,42 @@ def fetched_start(start: str, competition: Competition, hub: Hub, work_dir: Path
         start = champion_of(competition.name, records)
     elif Path(start).expanduser().is_dir():
         return Path(start).expanduser()
-    repo, at, revision = start.rpartition("@")
+    limit = "a checkpoint's folder that exists, NAMESPACE/NAME@REVISION, or champion"
+    return fetched_model(start, hub, work_dir, "--start", limit)[0]
+
+
+def fetched_model(
+    name: str,
+    hub: Hub,
+    work_dir: Path,
+    flag: str,
+    limit: str = "a model's folder that exists, or NAMESPACE/NAME@REVISION",
+    *,
+    tidy: bool = False,
+) -> tuple[Path, str]:
+    """(folder, NAMESPACE/NAME@REVISION with the commit's 40 digits) of a model on the Hub, inspected before it is fetched.
+
+    `tidy`: files that a model may not bring into a competition are left there; else they are refused. Raises
+    Rejected(SETTING) naming the flag and the limit for a name that is none, as `checkpoint.inspect`, Unavailable.
+    """
+    from sn29.models import checkpoint
+    from sn29.models.fetch import fetch
+    from sn29.records import ModelId
+
+    repo, at, revision = name.rpartition("@")
     if not at:
-        limit = "a checkpoint's folder that exists, NAMESPACE/NAME@REVISION, or champion"
-        raise Rejected(Reason.SETTING, start, limit, "--start")
+        raise Rejected(Reason.SETTING, name, limit, flag)
     if not re.fullmatch("[0-9a-f]{40}", revision):
         revision = hub.resolve(repo, ref=revision)
     listing = hub.listing(ModelId.parse(f"{repo}@{revision}"))
+    if tidy:
+        listing = replace(listing, files=tuple(file for file in listing.files if checkpoint.is_allowed(file.path)))
     folder = work_dir / "starts" / revision
     if not folder.is_dir():
         checkpoint.inspect(listing, hub.reader(listing))
         telemetry.tell("start", f"fetching {repo}@{revision}")
         fetch(hub, listing, folder, only=checkpoint.is_content, deadline_s=24 * 3600)
-    return folder
+    return folder, f"{repo}@{revision}"
 
 
 def champion_of(competition: str, records: Path | None) -> str:
@@ -491,9 +506,10 @@ def _peak_of(world: World) -> float:
         return 0.0
     import torch
 
-    name = torch.cuda.get_device_name(world.device)
-    known: Sequence[str] = sorted((part for part in _PEAK_TFLOPS if part in name), key=len)
-    return float(_PEAK_TFLOPS[known[-1]]) if known else 0.0
+    from sn29.training.devices import SHEETS, sheet_name
+
+    name = sheet_name(torch.cuda.get_device_name(world.device))
+    return SHEETS[name].peak / 1e12 if name else 0.0
 
 
 def _tell(progress: Progress, watch: Watch) -> None:

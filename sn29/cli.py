@@ -31,6 +31,13 @@ sn29 {__version__}: node software of Bittensor subnet 29
   sn29 simulate incentive          attacks and honest progress under each scoring rule: who would be paid
   sn29 simulate sequential         what stopping hopeless challengers saves, and how often it stops one that would win
   sn29 data stats SOURCE           how long the documents are, what is in long ones, duplicates, what packing loses
+  sn29 lab grow MODEL              a model with more layers, width, heads or vocabulary, and the same losses
+  sn29 lab vocab stats [SOURCE]    which tokens of a vocabulary a text never uses, and the parameters that they hold
+  sn29 lab vocab prune MODEL       tokenizer and model without them; the text is cut as before and its loss can only fall
+  sn29 lab plan MODEL              parameters, operations, memory, days and cost of a training, and what longer rows cost
+  sn29 lab lengths SOURCE          is there enough long text? what a training sees how often, by length of the rows
+  sn29 lab gates MODEL             which gates of the MLPs carry the model, alone and in sets, and which do nothing
+  sn29 lab compare A B             models of any tokenizer on the same text and tasks, with intervals
   sn29 study packing               what packing samples costs: one model trained in several ways, a table with intervals
   sn29 bench score                 how fast a window is scored here, against a plain loop
   sn29 bench eval                  how fast samples are evaluated here, against one by one and padded batches
@@ -111,7 +118,7 @@ def _config(words: list[str]) -> int:
         return 0
     as_json = words[:1] == ["--json"]
     words = words[1:] if as_json else words
-    name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in kinds), "")
+    name = next((" ".join(words[:n]) for n in (3, 2, 1) if " ".join(words[:n]) in kinds), "")
     if words and not name and not words[0].startswith("-"):
         raise Rejected(Reason.SETTING, words[0], ", ".join(kinds), "sn29 config")
     kind = kinds[name or "validator"]
@@ -298,6 +305,20 @@ def _study_packing(words: list[str]) -> int:
     return study_packing(words)
 
 
+def _of_lab(name: str) -> Callable[[list[str]], int]:
+    """`lab NAME`: the function NAME of sn29/lab_commands/MODULE.py; `name` is MODULE, or MODULE:NAME where they differ."""
+
+    def run(words: list[str]) -> int:
+        from importlib import import_module
+
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own: the lab's commands show theirs
+        module, _, function = name.partition(":")
+        command: Callable[[list[str]], int] = getattr(import_module(f"sn29.lab_commands.{module}"), function or module)
+        return command(words)
+
+    return run
+
+
 def _bench_eval(words: list[str]) -> int:
     from sn29.bench_eval_command import bench_eval
 
@@ -357,6 +378,13 @@ _COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int]] = {
     ("simulate", "sequential"): _of_competitions("simulate_sequential"),
     ("data", "stats"): _data_stats,
     ("study", "packing"): _study_packing,
+    ("lab", "grow"): _of_lab("grow"),
+    ("lab", "vocab", "stats"): _of_lab("vocabulary:stats"),
+    ("lab", "vocab", "prune"): _of_lab("prune"),
+    ("lab", "gates"): _of_lab("gates"),
+    ("lab", "compare"): _of_lab("compare"),
+    ("lab", "plan"): _of_lab("plan"),
+    ("lab", "lengths"): _of_lab("lengths"),
     ("bench", "eval"): _bench_eval,
     ("bench", "score"): _bench_score,
     ("bench", "start"): _bench_start,

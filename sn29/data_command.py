@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sn29.errors import Reason, Rejected
+from sn29.lab_commands.inputs import new_table, write_picture
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
     from sn29.corpus import TextSource
     from sn29.hub import Hub
-    from sn29.lab.lengths import Lengths
+    from sn29.lab.lengths import Lengths, Repetition
     from sn29.models.tokenizer import Tokenizer
     from sn29.rules.competition import Competition
-    from sn29.settings import DataStatsSettings
+    from sn29.settings import DataSettings, DataStatsSettings
 
 BATCH = 256
 """Documents that are tokenised together."""
+TOGETHER = "together"
+"""Name of all sources."""
 BAR = 10
 """Characters of the longest bar."""
 
@@ -51,10 +53,7 @@ def data_stats(words: list[str]) -> int:
     if settings.evenly_tokens and settings.max_documents:
         got, limit = f"--max-documents {settings.max_documents}", "--max-documents 0: epochs are of all documents"
         raise Rejected(Reason.SETTING, got, limit, "--evenly-tokens")
-    tokenizer, sources = _opened(settings)
-    found = [_read(name, source, tokenizer, settings) for name, source in sources]
-    if len(found) > 1:
-        found.append(_together(found))
+    tokenizer, found = read_sources(settings)
     from sn29.lab.lengths import measure
 
     measured = [
@@ -63,7 +62,7 @@ def data_stats(words: list[str]) -> int:
     ]
     unit = "token" if tokenizer else "byte"
     if settings.picture is not None:
-        _write(settings.picture, _picture(*measured[-1], unit))
+        write_picture(settings.picture, _picture(*measured[-1], unit))
     if settings.json_output:
         print(json.dumps([_as_json(each, about, unit) for each, about in measured], indent=1))
     else:
@@ -74,7 +73,17 @@ def data_stats(words: list[str]) -> int:
 # ---- what is looked at -----------------------------------------------------------------------------------------------
 
 
-def _opened(settings: DataStatsSettings) -> tuple[Tokenizer | None, list[tuple[str, TextSource]]]:
+def read_sources(settings: DataSettings) -> tuple[Tokenizer | None, list[Read]]:
+    """(what counts tokens, None for bytes; each source, and last all of them together where there are several).
+
+    Raises Rejected, Unavailable.
+    """
+    tokenizer, sources = _opened(settings)
+    found = [_read(name, source, tokenizer, settings) for name, source in sources]
+    return tokenizer, [*found, *([_together(found)] if len(found) > 1 else [])]
+
+
+def _opened(settings: DataSettings) -> tuple[Tokenizer | None, list[tuple[str, TextSource]]]:
     """(what counts tokens, None for bytes; (name, source) of everything that is looked at). Raises Rejected, Unavailable."""
     from sn29.hub import Hub
     from sn29.models.tokenizer import Tokenizer
@@ -91,14 +100,14 @@ def _opened(settings: DataStatsSettings) -> tuple[Tokenizer | None, list[tuple[s
     return (None if path is None else Tokenizer.load(path)), sources
 
 
-def _source(word: str, settings: DataStatsSettings, hub: Hub) -> TextSource:
+def _source(word: str, settings: DataSettings, hub: Hub) -> TextSource:
     from neurons.training import parse_source
 
     found = parse_source(word, hub, "SOURCE")
     return replace(found, pattern=found.pattern or settings.pattern, column=settings.column or found.column)
 
 
-def _competition(settings: DataStatsSettings) -> Competition | None:
+def _competition(settings: DataSettings) -> Competition | None:
     if not settings.competition:
         return None
     from neurons.adapters import read_competitions
@@ -107,7 +116,7 @@ def _competition(settings: DataStatsSettings) -> Competition | None:
     return chosen(read_competitions(settings.competitions_dir)[0], settings.competition)
 
 
-def _sources_of(competition: Competition, settings: DataStatsSettings, hub: Hub) -> Iterator[tuple[str, TextSource]]:
+def _sources_of(competition: Competition, settings: DataSettings, hub: Hub) -> Iterator[tuple[str, TextSource]]:
     from neurons.adapters import dataset_of
     from sn29.corpus import TextSource
 
@@ -127,7 +136,7 @@ def _tokenizer_of(competition: Competition, hub: Hub) -> Path | None:
     return None if prescribed is None else Tokenizers(hub, default_cache() / "tokenizers")(prescribed).path
 
 
-def _read(name: str, source: TextSource, tokenizer: Tokenizer | None, settings: DataStatsSettings) -> Read:
+def _read(name: str, source: TextSource, tokenizer: Tokenizer | None, settings: DataSettings) -> Read:
     """Reads on to the end or to --max-documents, with progress on standard error."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -157,7 +166,7 @@ def _read(name: str, source: TextSource, tokenizer: Tokenizer | None, settings: 
 def _together(parts: Sequence[Read]) -> Read:
     """One after another: what is a duplicate across sources is one too."""
     lengths = [length for part in parts for length in part.lengths]
-    return Read("together", lengths, [one for part in parts for one in part.contents], all(part.is_all for part in parts))
+    return Read(TOGETHER, lengths, [one for part in parts for one in part.contents], all(part.is_all for part in parts))
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
@@ -171,7 +180,7 @@ def _show(measured: Sequence[tuple[Read, Lengths]], unit: str, settings: DataSta
         _head(console, each, about, unit)
         for make in (_histogram, _quantiles, _longer, _evenly, _packing):
             console.print(make(about, unit), "")
-        worn = [name for name, repetition in zip(_evenly_names(about), about.evenly, strict=True) if repetition.is_worn]
+        worn = [name for name, repetition in zip(evenly_names(about.evenly), about.evenly, strict=True) if repetition.is_worn]
         if worn:
             told = "seen more than 4 times when drawn evenly, after which text is worth less and less (Muennighoff et al. 2023)"
             console.print(f"warning: {told}: {', '.join(worn)}", highlight=False, soft_wrap=True)
@@ -185,6 +194,8 @@ def _as_json(each: Read, about: Lengths, unit: str) -> dict[str, object]:
 
 def _head(console: Console, each: Read, about: Lengths, unit: str) -> None:
     scope = "all of it" if each.is_all else "a part: row groups drawn over all files"
+    if each.name == TOGETHER and not each.is_all:
+        scope = "as much of each source as was read, whatever it has"
     repeated = about.duplicates
     within = "" if each.is_all else ", looked for within this part alone"
     lines = (
@@ -197,7 +208,7 @@ def _head(console: Console, each: Read, about: Lengths, unit: str) -> None:
 
 
 def _histogram(about: Lengths, unit: str) -> Table:
-    table = _table(f"{unit}s", "documents", "share", "", f"their {unit}s", "share", "")
+    table = new_table(f"{unit}s", "documents", "share", "", f"their {unit}s", "share", "")
     table.columns[3].justify = table.columns[6].justify = "left"
     for bucket in about.buckets:
         documents, tokens = bucket.documents / about.documents, bucket.tokens / about.tokens
@@ -209,44 +220,35 @@ def _histogram(about: Lengths, unit: str) -> Table:
 
 
 def _quantiles(about: Lengths, unit: str) -> Table:
-    table = _table("share", "of documents: no longer than", f"of {unit}s: in ones no longer than")
+    table = new_table("share", "of documents: no longer than", f"of {unit}s: in ones no longer than")
     for q in about.quantiles:
         table.add_row(f"{q.share:.0%}", f"{q.by_documents:,}", f"{q.by_tokens:,}")
     return table
 
 
 def _longer(about: Lengths, unit: str) -> Table:
-    table = _table("longer than", "of the documents", f"of the {unit}s")
+    table = new_table("longer than", "of the documents", f"of the {unit}s")
     for longer in about.longer:
         table.add_row(f"{longer.limit:,}", f"{longer.documents:.1%}", f"{longer.tokens:.1%}")
     return table
 
 
 def _evenly(about: Lengths, unit: str) -> Table:
-    table = _table("drawn evenly", f"epochs of {about.evenly_tokens:,} {unit}s")
-    for name, repetition in zip(_evenly_names(about), about.evenly, strict=True):
+    table = new_table("drawn evenly", f"epochs of {about.evenly_tokens:,} {unit}s")
+    for name, repetition in zip(evenly_names(about.evenly), about.evenly, strict=True):
         table.add_row(name, f"{repetition.epochs:,.2f}")
     return table
 
 
-def _evenly_names(about: Lengths) -> list[str]:
-    return [f"{r.low:,}+" if number else f"below {r.high:,}" for number, r in enumerate(about.evenly)]
+def evenly_names(found: Sequence[Repetition]) -> list[str]:
+    """`below 512`, `512 to 1,023`, and so on."""
+    return [f"{r.low:,} to {r.high - 1:,}" if number else f"below {r.high:,}" for number, r in enumerate(found)]
 
 
 def _packing(about: Lengths, unit: str) -> Table:
-    table = _table(f"rows of {about.row_tokens:,} {unit}s", "left out", "padding", "without their beginning")
+    table = new_table(f"rows of {about.row_tokens:,} {unit}s", "left out", "padding", "without their beginning")
     for loss in about.packing:
         table.add_row(loss.how, f"{loss.left_out:.1%}", f"{loss.padded:.1%}", f"{loss.severed:.1%}")
-    return table
-
-
-def _table(*names: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
-    for number, name in enumerate(names):  # too narrow a console gets more lines: a number is never cut
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
     return table
 
 
@@ -267,15 +269,3 @@ def _picture(each: Read, about: Lengths, unit: str) -> str:
 def _short(number: int) -> str:
     """4,096 as 4k."""
     return f"{number // 1024}k" if number >= 1024 else str(number)
-
-
-def _write(path: Path, text: str) -> None:
-    new = path.with_name(f"{path.name}.new")
-    try:
-        with new.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError as error:
-        raise Rejected(Reason.SETTING, f"{path}: {error.strerror}", "a file that can be written", "--picture") from None

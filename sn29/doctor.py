@@ -352,9 +352,10 @@ async def _gpu_bytes(device: str) -> tuple[int, int]:
 
 async def memory(facts: Facts) -> str:
     """A validator's children read the largest model into memory; a miner's needs depend on its own model."""
+    from sn29.evaluation.streamed import free_memory
     from sn29.evaluation.worker import BASE_BYTES
 
-    free = _free_memory()
+    free = free_memory()
     need = BASE_BYTES
     if isinstance(facts.settings, DoctorOfValidator):
         copies = 2 * _bytes_of(facts.settings.dtype)  # as read from the files, and in the model
@@ -363,20 +364,6 @@ async def memory(facts: Facts) -> str:
     if free < need:
         raise _Bad(said, "stop other programs, or take a machine with more memory: evaluations would be killed half-way")
     return said
-
-
-def _free_memory() -> int:
-    """Bytes that processes may still take: of the machine, or of our container if that is less."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # no Linux: at least what there is in all
-    try:
-        limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else min(free, int(limit) - int(used))
-    except OSError:
-        return free
 
 
 async def disk(facts: Facts) -> str:

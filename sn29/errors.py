@@ -84,6 +84,10 @@ class Reason(Enum):
         "take the file as its validator wrote it; see `sn29 replay --help` for other data",
     )
     SETTING = ("the setting is not usable", "see --help")
+    CLAIM = (
+        "what the command claims of its result was measured, and does not hold",
+        "nothing was written: do less at once, or state the wider limit that you accept where --help names one",
+    )
     NOT_REGISTERED = (
         "the hotkey is not registered on the subnet",
         "register it with `btcli subnets register`, then start again",

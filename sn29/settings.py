@@ -575,7 +575,25 @@ class IncentiveSettings(_Settings):
     json_output: bool = _flag(False, "print everything as JSON", "json")
 
 
-class DataStatsSettings(_Settings):
+class DataSettings(_Settings):
+    """What commands share that look at training text."""
+
+    sources: CliPositionalArg[list[str]] = Field([], description="folders, .parquet files or hub:NAMESPACE/NAME@REVISION")
+    pattern: str = _flag(
+        "", "only files that match, where SOURCE has no GLOB: data/train-*.parquet; default: all, or the competition's", "pattern"
+    )
+    column: str = _flag("", "column of the texts; default: text, or the competition's", "column")
+    tokenizer: Path | None = _flag(None, "tokenizer.json to count tokens with", "tokenizer")
+    competition: str = _flag("", "look at this competition's data sets too, and count with its tokenizer", "competition")
+    competitions_dir: Path = _flag(Path("competitions"), "folder of the competition files", "competitions.dir")
+    max_documents: int = _flag(100_000, "documents of each source that are looked at; 0 = all", "max-documents", ge=0)
+    seed: int = _flag(0, "seed of the order of the documents", "seed")
+    hub_endpoint: str = _flag(DEFAULT_HUB, "address of the Hub", "hub.endpoint", variables=("HF_ENDPOINT",))
+    picture: Path | None = _flag(None, "write a picture of it to this SVG file", "picture")
+    json_output: bool = _flag(False, "print everything as JSON", "json")
+
+
+class DataStatsSettings(DataSettings):
     """
     How long the documents of training text are: how many, how many tokens, quantiles and a histogram, what share is in long
     ones, how often long ones come again when all lengths are drawn evenly, exact duplicates, and what packing loses.
@@ -588,21 +606,8 @@ class DataStatsSettings(_Settings):
 
     model_config = SettingsConfigDict(cli_prog_name="sn29 data stats")
 
-    sources: CliPositionalArg[list[str]] = Field([], description="folders, .parquet files or hub:NAMESPACE/NAME@REVISION")
-    pattern: str = _flag(
-        "", "only files that match, where SOURCE has no GLOB: data/train-*.parquet; default: all, or the competition's", "pattern"
-    )
-    column: str = _flag("", "column of the texts; default: text, or the competition's", "column")
-    tokenizer: Path | None = _flag(None, "tokenizer.json to count tokens with", "tokenizer")
-    competition: str = _flag("", "look at this competition's data sets too, and count with its tokenizer", "competition")
-    competitions_dir: Path = _flag(Path("competitions"), "folder of the competition files", "competitions.dir")
-    max_documents: int = _flag(100_000, "documents of each source that are looked at; 0 = all", "max-documents", ge=0)
     row_tokens: int = _flag(2048, "tokens of a row for what packing loses", "row-tokens", ge=1)
     evenly_tokens: int = _flag(0, "tokens that are drawn evenly; 0 = as many as there are", "evenly-tokens", ge=0)
-    seed: int = _flag(0, "seed of the order of the documents", "seed")
-    hub_endpoint: str = _flag(DEFAULT_HUB, "address of the Hub", "hub.endpoint", variables=("HF_ENDPOINT",))
-    picture: Path | None = _flag(None, "write the histogram to this SVG file", "picture")
-    json_output: bool = _flag(False, "print everything as JSON", "json")
 
 
 class StudyPackingSettings(_Settings):
@@ -956,6 +961,8 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def programs(base: type[_Settings] = _Settings) -> Iterator[type[_Settings]]:
     """The settings of every command."""
+    from sn29 import lab_settings as lab_settings  # whose classes then are subclasses of ours
+
     found = [base] if base.model_config.get("cli_prog_name") else []
     for kind in base.__subclasses__():
         found += programs(kind)

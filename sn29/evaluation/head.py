@@ -30,6 +30,9 @@ Fold = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, 
 """fold(logits [rows, columns], place [rows], highest, total, target) -> the three, one tile further. `place` is the asked
 token's column in this tile, below 0 or beyond the last column when it is in another one."""
 
+MakeHead = Callable[[Tensor, Tensor | None, Tiles], "TiledHead"]
+"""make(weight, bias, tiles): what an engine asks of each position; `TiledHead` itself, unless something else is wanted."""
+
 _LOWEST = torch.finfo(torch.float32).min
 """Start of `highest`: finite, so that a tile of -inf adds exp(-inf) = 0 and not NaN."""
 _FEW_COLUMNS = 16_384

@@ -35,7 +35,7 @@ from transformers import AttentionInterface
 
 from sn29.evaluation import engine
 from sn29.evaluation.best_fit import best_fit
-from sn29.evaluation.head import TiledHead, tiles_for
+from sn29.evaluation.head import MakeHead, TiledHead, tiles_for
 from sn29.evaluation.profile import ROW_TOKENS
 from sn29.evaluation.profile import Attention as Attention
 from sn29.evaluation.profile import Profile as Profile
@@ -281,16 +281,17 @@ def all_nats_packed(
     profile: Profile | None = None,
     threads: int = 1,
     watch: Watch = _unwatched,
+    head: MakeHead = TiledHead,
 ) -> list[float]:
     """As `engine.all_nats`: nats of each sample behind the start token, +inf where it is not finite, 0 for an empty one.
 
     `profile` None: the fastest one (`profile_for`). Losses are comparable to the bit within one profile, to 1e-7 relative
     in float32 and 1e-4 in bfloat16 between profiles; `threads`, on a CPU, moves no bit. A model that cannot be packed
-    exactly goes to the plain twin.
+    exactly goes to the plain twin. With another `head`, the sums of what that says of each position.
     """
-    if refusal(model):
+    if head is TiledHead and refusal(model):
         return engine.all_nats(model, samples, start_token)
-    return _packed(model, samples, start_token, profile or profile_for(model), watch, threads)
+    return _packed(model, samples, start_token, profile or profile_for(model), watch, threads, head)
 
 
 def _packed(
@@ -300,9 +301,10 @@ def _packed(
     profile: Profile,
     watch: Watch,
     threads: int = 1,
+    head: MakeHead = TiledHead,
 ) -> list[float]:
     rows = pack([len(ids) for ids in samples], profile.row_tokens)
-    lane = _Lane(model, samples, start_token, profile, watch)
+    lane = _Lane(model, samples, start_token, profile, watch, head)
     with _attention_of(model, f"sn29_{profile.attention}"), _one_thread_an_operation(model.device):
         if model.device.type != "cpu" or min(threads, len(rows)) < 2:
             found = lane.run(iter(rows))
@@ -324,6 +326,7 @@ class _Lane:
     start_token: int
     profile: Profile
     watch: Watch
+    head: MakeHead
 
     @torch.inference_mode()
     def run(self, rows: Iterator[Row]) -> dict[int, float]:
@@ -331,7 +334,7 @@ class _Lane:
         device, layer, taken = self.model.device, self.model.get_output_embeddings(), []
         if device.type == "cpu":
             torch.set_num_threads(1)  # torch keeps it for each thread
-        head = TiledHead(layer.weight, layer.bias, self.profile.tiles)
+        head = self.head(layer.weight, layer.bias, self.profile.tiles)
         for row in rows:
             taken.append(row)
             texts = [self.samples[number] for number in row.samples]

@@ -31,12 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from sn29.errors import Reason, Rejected, Unavailable
-from sn29.evaluation.head import TiledHead
+from sn29.evaluation.head import MakeHead, TiledHead
 from sn29.evaluation.packed import Documents, Profile, Row, _one_thread_an_operation, _sums, _tensors_of, pack
-from sn29.models.checkpoint import _NOWHERE, _names, inspect, local_reader, tensors_of
 from sn29.models.checkpoint import Tensor as Entry
+from sn29.models.checkpoint import opened
 from sn29.models.config import ModelConfig, expected_tensors, parse_config
-from sn29.records import RepoFile, RepoListing
 
 Progress = Callable[[int, int], None]
 """progress(done, of): blocks that all rows of their chunk have gone through."""
@@ -53,6 +52,23 @@ _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 # --- how much memory --------------------------------------------------------------------------------------------------
+
+
+def free_memory(device: str = "cpu") -> int:
+    """Bytes that processes may still take: of the machine, of our container if that is less, or of a CUDA device."""
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # no Linux: at least what there is in all
+    try:
+        limit, used, more = (Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+    except OSError:
+        return free
+    given_back = sum(int(line.split()[1]) for line in more.splitlines() if line.startswith("inactive_file "))  # files' pages
+    return free if limit.strip() == "max" else min(free, int(limit) - int(used) + given_back)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,14 +210,10 @@ class _Files:
 
 def config_of(folder: Path) -> ModelConfig:
     """The checked config of a checkpoint. Raises Rejected."""
-    return parse_config((folder / "config.json").read_bytes())
-
-
-def _places_of(folder: Path) -> tuple[ModelConfig, dict[str, tuple[str, int, Entry]]]:
-    """The checked config, and where each tensor that it implies lies. Raises Rejected as `checkpoint.load`."""
-    listing = RepoListing(_NOWHERE, tuple(RepoFile(name, size, "") for name, size in _names(folder)))
-    inspect(listing, local_reader(folder))
-    return parse_config((folder / "config.json").read_bytes()), tensors_of(listing.files, local_reader(folder))
+    path = folder / "config.json"
+    if not path.is_file():
+        raise Rejected(Reason.MISSING_FILE, "no config.json", "a folder of a model", "MODEL")
+    return parse_config(path.read_bytes())
 
 
 def _head_tensors(names: Iterable[str]) -> dict[str, str]:
@@ -419,15 +431,16 @@ class Streamed:
         dtype: torch.dtype,
         device: str = "cpu",
         threads: int = 1,
+        head: MakeHead = TiledHead,
     ) -> None:
         """`memory_bytes` bounds weights, hidden states and activations together, on the device that computes; see `needs`.
 
         Raises Rejected as `checkpoint.load` does of config, headers and tensors; a weight that is not finite is found by the
         first evaluation, before it gives a loss. Memory that is too small is found there too.
         """
-        self.config, places = _places_of(folder)
+        self.config, places = opened(folder)
         self.profile, self.memory_bytes, self.dtype = profile, memory_bytes, dtype
-        self.device, self.threads = torch.device(device), threads
+        self.device, self.threads, self._head = torch.device(device), threads, head
         model = _stock_model(self.config, f"sn29_{profile.attention}")
         named = {name for name, _ in model.named_parameters()}  # a tied head has the embedding's name here
         if named != places.keys():
@@ -555,7 +568,7 @@ class Streamed:
             found: list[Tensor] = [torch.zeros(0)] * len(rows)
 
             def work(left: Iterator[int]) -> None:
-                tiled, taken = TiledHead(head["weight"], head.get("bias"), self.profile.tiles), []
+                tiled, taken = self._head(head["weight"], head.get("bias"), self.profile.tiles), []
                 for number in left:
                     taken.append(number)
                     start = spans[number][0]
@@ -615,10 +628,11 @@ def streamed_nats(
     device: str = "cpu",
     threads: int = 1,
     progress: Progress | None = None,
+    head: MakeHead = TiledHead,
 ) -> list[float]:
     """`Streamed.nats` of a folder, once. Raises as `Streamed` and its `nats`."""
     with Streamed(
-        folder, profile=profile, memory_bytes=memory_bytes, dtype=dtype, device=device, threads=threads
+        folder, profile=profile, memory_bytes=memory_bytes, dtype=dtype, device=device, threads=threads, head=head
     ) as model:  # fmt: skip
         return model.nats(samples, start_token, progress)
 

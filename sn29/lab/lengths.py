@@ -90,6 +90,25 @@ class Repetition:
 
 
 @dataclass(frozen=True, slots=True)
+class Context:
+    """What there is for rows of `row_tokens` that hold one document each, and how often a training sees it."""
+
+    row_tokens: int
+    tokens: int
+    """Of the whole data in such rows: each document's whole rows, its rest left out."""
+    share: float
+    """Of all tokens."""
+    epochs: float
+    """Of these tokens in the training; inf where there are none."""
+    most: float
+    """Tokens of training that they are enough for, at MAX_EPOCHS."""
+
+    @property
+    def is_enough(self) -> bool:
+        return self.epochs <= MAX_EPOCHS
+
+
+@dataclass(frozen=True, slots=True)
 class PackingLoss:
     """What a way of making rows does to the text. Shares of all tokens; `padded` is of the rows' places."""
 
@@ -152,17 +171,23 @@ def measure(
     )
 
 
-def buckets(lengths: Sequence[int] | Counts) -> tuple[Bucket, ...]:
-    """From the shortest document's power of two to the longest one's, empty ones between them too.
+Scale = float | npt.NDArray[np.float64]
+"""How many documents of the whole data one that was read stands for: of all of them, or of each."""
+
+
+def buckets(lengths: Sequence[int] | Counts, scale: Scale = 1.0) -> tuple[Bucket, ...]:
+    """From the shortest document's power of two to the longest one's, empty ones between them too; of the whole data.
 
     [1, 2, 3, 9] -> 1 to 1 (1 document, 1 token), 2 to 3 (2, 5), 4 to 7 (0, 0), 8 to 15 (1, 9)
     """
     counts = _counts(lengths)
     powers = np.frexp(counts.astype(np.float64))[1] - 1
+    times = np.broadcast_to(scale, counts.shape)
     found = []
     for power in range(int(powers.min()), int(powers.max()) + 1):
-        inside = counts[powers == power]
-        found.append(Bucket(2**power, 2 ** (power + 1), len(inside), int(inside.sum())))
+        inside = powers == power
+        tokens = round(float((counts * times)[inside].sum()))
+        found.append(Bucket(2**power, 2 ** (power + 1), round(float(times[inside].sum())), tokens))
     return tuple(found)
 
 
@@ -208,13 +233,34 @@ def duplicates(lengths: Sequence[int] | Counts, contents: Sequence[int] | npt.ND
     return Duplicates(len(counts) - len(first), 1 - len(first) / len(counts), float(repeated / counts.sum()))
 
 
-def drawn_evenly(found: Sequence[Bucket], tokens: int) -> tuple[Repetition, ...]:
+def drawn_evenly(found: Sequence[Bucket], tokens: float) -> tuple[Repetition, ...]:
     """`tokens` drawn with an equal share from each bucket that has any: epochs = share * tokens / the bucket's tokens.
 
     Buckets of 8,000, 3,000 and 1,000 tokens, 12,000 drawn: 4,000 from each, which is 0.5, 1.33 and 4 epochs
     """
     filled = [bucket for bucket in found if bucket.tokens]
     return tuple(Repetition(b.low, b.high, tokens / len(filled) / b.tokens) for b in filled)
+
+
+def contexts(
+    lengths: Sequence[int] | Counts, tokens: float, row_tokens: Sequence[int], *, scale: Scale = 1.0
+) -> tuple[Context, ...]:
+    """For `tokens` of training in rows of each of these lengths.
+
+    Lengths [5, 9, 20], 64 tokens of training: rows of 4 hold 4 + 8 + 20 = 32 of the 34 tokens, seen twice; rows of 8 hold 24,
+    seen 2.67 times; rows of 16 hold 16, seen 4 times
+    """
+    counts, found = _counts(lengths), []
+    for row in map(_row, row_tokens):
+        inside = float((counts // row * row * scale).sum())
+        epochs = tokens / inside if inside else math.inf
+        found.append(Context(row, round(inside), inside / float((counts * scale).sum()), epochs, MAX_EPOCHS * inside))
+    return tuple(found)
+
+
+def longest_enough(found: Sequence[Context]) -> Context | None:
+    """The longest rows whose text comes MAX_EPOCHS times at most; None where there are none."""
+    return max((each for each in found if each.is_enough), key=lambda each: each.row_tokens, default=None)
 
 
 def joined_and_cut(lengths: Sequence[int] | Counts, row_tokens: int) -> PackingLoss:

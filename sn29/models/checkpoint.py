@@ -437,6 +437,13 @@ def tensors_of(files: Collection[RepoFile], read: Read) -> dict[str, tuple[str, 
     return places
 
 
+def opened(folder: Path) -> tuple[ModelConfig, dict[str, tuple[str, int, Tensor]]]:
+    """A folder's checked config, and where each tensor that it implies lies. Raises Rejected as `inspect`."""
+    listing = RepoListing(_NOWHERE, tuple(RepoFile(name, size, "") for name, size in _names(folder)))
+    inspect(listing, local_reader(folder))
+    return parse_config((folder / "config.json").read_bytes()), tensors_of(listing.files, local_reader(folder))
+
+
 def _values_digest(place: tuple[Path, int, Tensor]) -> str:
     """sha256 hex of a tensor's values, each piece in the smallest form that holds them: bfloat16's 2 bytes, or float32's 4.
 

@@ -129,10 +129,11 @@ _MOST_ATTENTION = 1 << 19
 cost that its parameters do not show: a layer of 512 takes 0.2 s of a core for 2,048 tokens with 8 heads of 64, and 1.9 s
 with 256 heads of 2; 128 of those are 134.8 million parameters. A 7B has 1,024 heads with 131,072 dimensions, 80 layers of 40
 heads of 64 have 3,200 with 204,800. What is allowed takes at most four times as long as a 7B's attention."""
+SMALLEST_EPS = 1e-12
 _REAL = {
     "rope_theta": (1.0, 1e9),
-    "rms_norm_eps": (1e-12, 0.1),
-    "layer_norm_eps": (1e-12, 0.1),
+    "rms_norm_eps": (SMALLEST_EPS, 0.1),
+    "layer_norm_eps": (SMALLEST_EPS, 0.1),
     "partial_rotary_factor": (0.01, 1.0),
 }
 _FLAG = {"attention_bias", "mlp_bias", "qk_layernorm", "tie_word_embeddings"}
@@ -141,13 +142,14 @@ _ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 # evaluation has none. Its data type: the headers say it. Ids: the start token is checked below.)
 _WITHOUT_EFFECT = {
     "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "initializer_range", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "embd_pdrop", "resid_pdrop", "_name_or_path",
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "attention_dropout", "embd_pdrop", "resid_pdrop",
+    "_name_or_path", "_model_name_or_path", "is_llama_config", "transformers.js_config",
 }  # fmt: skip
 # Keys that older versions wrote, at the one value that changes nothing.
 _PINNED: dict[str, Any] = {
     "pretraining_tp": 1, "is_causal": True, "is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False,
     "return_dict": True, "output_attentions": False, "output_hidden_states": False, "torchscript": False,
-    "chunk_size_feed_forward": 0, "attention_bias": False, "mlp_bias": False,
+    "chunk_size_feed_forward": 0, "attention_bias": False, "mlp_bias": False, "rope_interleaved": False,
 }  # fmt: skip
 _FIELDS = {
     "LlamaForCausalLM": {"rms_norm_eps", "attention_bias", "mlp_bias", "head_dim"},

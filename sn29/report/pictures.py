@@ -237,6 +237,93 @@ def lengths(names: Sequence[str], documents: Sequence[float], tokens: Sequence[f
         return _svg(figure, "lengths", alt)
 
 
+def never_seen(megabytes: Sequence[float], shares: Sequence[float], alt: str) -> str:
+    """Percent of a vocabulary that is in no text so far, against the size of the text: each step to the right is twice as far."""
+    with _figure(WIDTH, 260) as figure:
+        axes = _axes(figure, 40, 44, WIDTH - 64, 186)
+        _grid(axes)
+        axes.plot([math.log2(x) for x in megabytes], shares, color=_miner(0), linewidth=2, marker="o", markersize=4)
+        axes.set_ylim(0, 100)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{2.0**x:g}" if x >= 0 else f"1/{2.0**-x:g}"))
+        axes.set_xlabel("MB of text")
+        axes.set_title("% never seen", loc="left", fontsize=11, color=_MUTED, x=-0.06, pad=4)
+        axes.annotate(
+            f"{shares[-1]:.1f}", (math.log2(megabytes[-1]), shares[-1]), (0, 8), textcoords="offset points", ha="center",
+            color=_INK, fontsize=11,
+        )  # fmt: skip
+        return _svg(figure, "never-seen", alt)
+
+
+def repetition(names: Sequence[str], epochs: Sequence[float], most: float, along: str, alt: str) -> str:
+    """A bar for each name: how often its text comes, on a scale of doublings; those above `most` in another colour. Infinity is
+    no bar: there is no text."""
+    there = [each for each in epochs if math.isfinite(each)]
+    with _figure(WIDTH, 260) as figure:
+        axes = _axes(figure, 44, 40, WIDTH - 52, 190)
+        _grid(axes)
+        low = math.floor(min([0.0, *map(math.log2, there)])) - 1
+        for at, each in enumerate(epochs):
+            if math.isfinite(each):
+                axes.bar(at, math.log2(each) - low, 0.6, bottom=low, color=_LESS if each > most else _MORE)
+            else:
+                axes.annotate("no text", (at, low), (0, 6), textcoords="offset points", ha="center", color=_MUTED, fontsize=11)
+        axes.axhline(math.log2(most), color=_MUTED, linewidth=1)
+        axes.set_ylim(low, max([*map(math.log2, there), math.log2(most)]) + 0.6)
+        axes.yaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{2.0**y:g}" if y >= 0 else f"1/{2.0**-y:g}"))
+        every = -(-len(names) // 9)
+        axes.set_xticks(range(0, len(names), every), names[::every])
+        axes.set_xlabel(along)
+        axes.set_title("times", loc="left", fontsize=11, color=_MUTED, x=-0.06, pad=4)
+        return _svg(figure, "repetition", alt)
+
+
+def gates(
+    whole: Sequence[float],
+    least: Sequence[float],
+    sets: Sequence[tuple[int, float, str]],
+    shares: Sequence[float],
+    costs: Sequence[float],
+    tolerance: float,
+    alt: str,
+) -> str:
+    """Two panels, the loss in percent on a log scale, from 0.1 on: by layer, and against the share of all gates removed.
+
+    By layer: its whole MLP removed (bars), its least 90 % (dots), and the named sets: (layer, percent, names).
+    """
+    low, height = 0.1, 520
+    with _figure(WIDTH, height) as figure:
+        upper, lower = _axes(figure, 44, 300, WIDTH - 56, 190), _axes(figure, 44, 40, WIDTH - 56, 190)
+        top = 4 * max([*whole, *costs, *(percent for _, percent, _ in sets), 10.0])
+        for axes, title in ((upper, "% more loss, by layer"), (lower, "% more loss, by share of all gates removed")):
+            _grid(axes)
+            axes.set_yscale("log")
+            axes.set_ylim(low, top)
+            axes.set_yticks([10.0**n for n in range(-1, 1 + int(math.log10(top)))])
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.minorticks_off()
+            axes.set_title(title, loc="left", fontsize=11, color=_MUTED, pad=4, x=-0.1)
+        upper.bar(range(len(whole)), [max(low, x) for x in whole], 0.7, color=_miner(GREY), alpha=0.45, label="whole MLP")
+        upper.plot(range(len(least)), [max(low, x) for x in least], "o", color=_miner(0), markersize=4, label="its least 90 %")
+        for right in (False, True):  # names left of the markers in the last third, else right of them; none on another
+            side = [(layer, percent, name) for layer, percent, name in sets if (layer > 0.6 * len(whole)) == right]
+            ups = [190 * math.log(max(low, percent) / low) / math.log(top / low) for _, percent, _ in side]
+            for (layer, percent, name), at, up in zip(side, ups, spread(ups, 14, 4, 186), strict=True):
+                upper.plot([layer], [max(low, percent)], "D", color=_miner(1), markersize=6)
+                upper.annotate(
+                    name, (layer, max(low, percent)), (-8 if right else 8, up - at), textcoords="offset points",
+                    ha="right" if right else "left", va="center", color=_miner(1), fontsize=11,
+                )  # fmt: skip
+        upper.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+        upper.legend(frameon=False, fontsize=11, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, labelcolor=_INK)
+        lower.plot(shares, [max(low, x) for x in costs], color=_miner(0), linewidth=2, marker="o", markersize=3)
+        lower.axhline(max(low, tolerance), color=_MUTED, linewidth=1, linestyle=(0, (4, 1.6)))
+        lower.set_xlim(0, 100)
+        lower.set_xlabel("% of the gates, the least important first")
+        return _svg(figure, "gates", alt)
+
+
 def standalone(svg: str) -> str:
     """A picture as a file of its own: its colours follow the reader's light or dark paper, as on the page."""
     light, dark = ("".join(f"--{name}:{pair[at]};" for name, pair in variables().items()) for at in (0, 1))

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 _ATTENTION = "sn29_training"
 """Name of our kernel in transformers' attention interface."""
-_ROWS_AT_ONCE = 128
+ROWS_AT_ONCE = 128
 """Places whose logits exist together on a CPU, where the vocabulary is large. V 100,277, D 256, one core: 20 places (8 MB of
 logits) 4.8 ms a place, 64 3.5, 128 2.9, 256 2.8, 512 2.9: below 128 the weight's gradient goes through memory too often."""
-_LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 27}
+LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 27}
 """Floats of logits that may exist together beyond that: 4 MB stay in a cache, a GPU wants 1,338 places of 100,277."""
 _CUDA_STEP = 64
 """Tokens to which a row of many documents is filled up on CUDA: matrix products want multiples."""
@@ -245,8 +245,8 @@ class _SummedNats(torch.autograd.Function):
 
 
 def _places_at_once(weight: Tensor) -> int:
-    most = _LOGITS_AT_ONCE.get(weight.device.type, _LOGITS_AT_ONCE["cpu"])
-    return max(_ROWS_AT_ONCE, most // len(weight))
+    most = LOGITS_AT_ONCE.get(weight.device.type, LOGITS_AT_ONCE["cpu"])
+    return max(ROWS_AT_ONCE, most // len(weight))
 
 
 def _logits(part: Tensor, weight: Tensor, bias: Tensor | None, exact: torch.dtype) -> Tensor:

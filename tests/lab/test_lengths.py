@@ -12,6 +12,7 @@ from sn29.errors import Reason, Rejected
 from sn29.lab.lengths import (
     LIMITS,
     Bucket,
+    Context,
     Duplicates,
     Longer,
     PackingLoss,
@@ -20,12 +21,14 @@ from sn29.lab.lengths import (
     best_fit_crop,
     best_fit_split,
     buckets,
+    contexts,
     drawn_evenly,
     duplicates,
     greedy_crop,
     joined_and_cut,
     joined_below,
     longer_than,
+    longest_enough,
     measure,
     quantiles,
 )
@@ -106,6 +109,42 @@ def test_even_draws_of_three_buckets() -> None:
     assert found == (Repetition(512, 1024, 0.5), Repetition(1024, 2048, 4000 / 3000), Repetition(4096, 8192, 4.0))
     assert [r.is_worn for r in found] == [False, False, False], "4 epochs are as good as new text"
     assert [r.is_worn for r in drawn_evenly(three, 12_001)] == [False, False, True]
+
+
+def test_rows_of_one_document() -> None:
+    """Documents of 5, 9 and 20 tokens, 64 tokens of training."""
+    found = contexts([5, 9, 20], 64, [4, 8, 16, 32])
+    assert found == (
+        Context(4, 32, 32 / 34, 2.0, 128.0),
+        Context(8, 24, 24 / 34, 64 / 24, 96.0),
+        Context(16, 16, 16 / 34, 4.0, 64.0),
+        Context(32, 0, 0.0, math.inf, 0.0),
+    )
+    assert [each.is_enough for each in found] == [True, True, True, False], "4 epochs are as good as new text"
+    assert longest_enough(found) == found[2]
+    assert longest_enough(contexts([5, 9, 20], 65, [4, 8, 16])) == contexts([5, 9, 20], 65, [8])[0]
+    assert longest_enough(contexts([5, 9, 20], 1000, [4, 8, 16])) is None
+    assert contexts([5, 9, 20], 640, [4], scale=10) == (Context(4, 320, 320 / 340, 2.0, 1280.0),), "a tenth of the documents"
+
+
+def test_documents_that_stand_for_different_numbers() -> None:
+    """Of one source a tenth was read, of the other all: 50 documents of 5 tokens and one of 20."""
+    scale = np.array([10.0] * 5 + [1.0])
+    lengths = [5] * 5 + [20]
+    assert contexts(lengths, 2200, [4], scale=scale) == contexts([5] * 50 + [20], 2200, [4])
+    assert contexts(lengths, 2200, [4]) != contexts(lengths, 2200, [4], scale=scale)
+    assert buckets(lengths, scale) == buckets([5] * 50 + [20])
+
+
+@pytest.mark.parametrize("row", [512, 2048, 8192])
+def test_rows_of_one_document_of_a_log_normal_corpus_are_those_of_the_closed_form(log_normal: np.ndarray, row: int) -> None:
+    """A document has a k-th row where it is at least k rows long: the sum of those probabilities."""
+    normal = NormalDist(MEAN, DEVIATION)
+    expected = row * sum(1 - normal.cdf(math.log(k * row - 0.5)) for k in range(1, 400)) * len(log_normal)
+    (found,) = contexts(log_normal, 1e9, [row])
+    assert found.tokens == pytest.approx(expected, rel=0.01)
+    assert found.epochs == pytest.approx(1e9 / expected, rel=0.01)
+    assert found.most == pytest.approx(4 * expected, rel=0.01)
 
 
 def test_packing_losses() -> None:

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sn29.errors import Reason, Rejected, Unavailable
-from sn29.localnet.text import GPT4, MAX_CHARS, MIN_CHARS, Texts, build, default_cache, fetch_packages
+from sn29.localnet.text import GPT4, MAX_CHARS, MIN_CHARS, Texts, build, default_cache, fetch_packages, origins
 from sn29.models.tokenizer import Tokenizer
 
 
@@ -103,6 +103,14 @@ def test_documents(texts: Texts) -> None:
     assert {row["licence"].split(" (")[0] for row in both} == {"CC BY-SA 4.0", "public domain"}
     markup = ("<br", "<p>", "</", "&nbsp;", "&amp;", "<ref")
     assert not [row["id"] for row in both if any(mark in row["text"] for mark in markup)]
+
+
+def test_origins(texts: Texts) -> None:
+    found = origins(texts.dataset, "data/eval-*.parquet")
+    assert set(found.values()) == {"wiki", "factbook", "wikibooks"}
+    rows = [pq.read_table(path).to_pylist() for path in texts.dataset.glob("data/eval-*.parquet")]
+    assert found == {row["text"]: row["id"].split("/")[0] for part in rows for row in part}
+    assert len(found) == sum(map(len, rows))
 
 
 def test_row_groups_are_small(texts: Texts) -> None:

@@ -63,6 +63,17 @@ def test_what_older_versions_wrote_is_allowed_at_the_value_that_changes_nothing(
         assert len(refusals(text(PHI3, **{key: value}))) == 1, key
 
 
+def test_the_config_of_a_published_model_is_allowed():
+    """SmolLM2-135M's has five keys more (huggingface.co/HuggingFaceTB/SmolLM2-135M, config.json)."""
+    more = {
+        "_name_or_path": "x", "_model_name_or_path": "x", "is_llama_config": True, "unk_token_id": 0, "rope_interleaved": False,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+    }  # fmt: skip
+    assert parse_config(text(LLAMA, **more)) == parse_config(text(LLAMA))
+    with pytest.raises(Rejected, match="rope_interleaved"):
+        parse_config(text(LLAMA, rope_interleaved=True))
+
+
 def test_every_key_that_is_wrong_is_told():
     found = refusals(text(is_causal=False, num_hidden_layers=10**7, rope_scaling={"rope_type": "yarn"}, bos_token_id=300))
     assert [next(k for k in ("yarn", "is_causal", "num_hidden_layers") if k in line) for line in found] == [

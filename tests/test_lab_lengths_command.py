@@ -100,7 +100,7 @@ def test_what_is_repeated_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     twice = write(tmp_path / "twice.parquet", ["x" * 600, "y" * 200, "x" * 600])
     assert main(["lab", "lengths", str(twice)]) == 0
     out = capsys.readouterr().out
-    assert "42.9% of the bytes are in documents equal to an earlier one, and count as new text" in out
+    assert "42.9% of these bytes are in documents equal to an earlier one, and count as new text" in out
     assert "512 to 1,023" in out
 
 

@@ -110,7 +110,7 @@ def test_a_flag_beats_the_environment_beats_dotenv_beats_the_file_beats_the_defa
 
 _ANY = {
     "config": None, "subtensor.fallbacks": "ws://a,wss://b", "subtensor.archives": "ws://a", "round": "7",
-    "lengths": "64,128", "measure-lengths": "64,128",
+    "lengths": "64,128", "measure-lengths": "64,128", "corpus-tokens": "1e9,2e8",
 }  # fmt: skip
 
 

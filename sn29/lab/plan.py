@@ -19,8 +19,8 @@ high, by 20 % for rows of 8,192 and more: the price of long rows is understated 
 The network between devices is in none of it but as far as the published rows had it: 8 devices of one machine.
 
 Bytes are those of `sn29 train`, whose hidden states between the layers are float32 under autocast. Of the 58 published rows
-of the A100 with 80 GB (as GPT-NeoX of the same shapes) 14 find no room for their micro-batch; with hidden states in bfloat16,
-as that trainer has them, 3 do, each by one row: so near is the ledger.
+of the A100 with 80 GB (as GPT-NeoX of the same shapes) 14 find no room for their micro-batch; were their hidden states in
+bfloat16, which that page does not say, 3 would, each by one row: so near is the ledger.
 """
 
 from __future__ import annotations

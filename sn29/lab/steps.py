@@ -169,6 +169,8 @@ def measure(
     if needed > free:
         got = f"{needed / 1e9:.1f} GB for {small.num_hidden_layers} layers and {tokens:,} tokens a step"
         raise Rejected(Reason.SETTING, got, f"{free / 1e9:.1f} GB: fewer --measure-layers or --measure-tokens", "--measure")
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     bench = _Bench(small, optimizer, dtype, checkpointing, device)
     batches = [bench.batch(length, count) for length, count in zip(lengths, rows, strict=True)]
     seconds: list[list[tuple[float, float]]] = [[] for _ in lengths]

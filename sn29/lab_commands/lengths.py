@@ -146,7 +146,7 @@ def _show(answers: Sequence[Answer], settings: LabLengthsSettings) -> None:
 def _head(answer: Answer) -> tuple[str, ...]:
     unit, told = answer.unit, f"{answer.source}: {answer.documents:,} documents, {answer.tokens:,} {answer.unit}s"
     of = "" if answer.corpus_tokens == answer.tokens else f", which stand for {answer.corpus_tokens:,.0f}"
-    again = f"{answer.repeated:.1%} of the {unit}s are in documents equal to an earlier one, and count as new text"
+    again = f"{answer.repeated:.1%} of these {unit}s are in documents equal to an earlier one, and count as new text"
     return (
         f"{told}{of}, the longest {answer.longest:,}", *([again] if answer.repeated else []),
         f"a training of {answer.training_tokens:,.0f} {unit}s",

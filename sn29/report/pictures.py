@@ -309,7 +309,7 @@ def gates(
         for right in (False, True):  # names left of the markers in the last third, else right of them; none on another
             side = [(layer, percent, name) for layer, percent, name in sets if (layer > 0.6 * len(whole)) == right]
             ups = [190 * math.log(max(low, percent) / low) / math.log(top / low) for _, percent, _ in side]
-            for (layer, percent, name), at, up in zip(side, ups, spread(ups, 14, 4, 186), strict=True):
+            for (layer, percent, name), at, up in zip(side, ups, spread(ups, 14, 4, 186) if side else [], strict=True):
                 upper.plot([layer], [max(low, percent)], "D", color=_miner(1), markersize=6)
                 upper.annotate(
                     name, (layer, max(low, percent)), (-8 if right else 8, up - at), textcoords="offset points",

@@ -364,11 +364,16 @@ def _told_prospect(record: RoundRecord, name: str, kept: CompetitionRecord, p: P
 
 
 def _when(blocks: int, written: datetime | None) -> str:
+    return when(blocks, written, "{} days after this window's seed block", ", counted from when the record was written")
+
+
+def when(blocks: int, since: datetime | None, days: str, counted: str = "") -> str:
+    """How long so many blocks take, in the words of `days`, and the date; none without `since`, or in a century."""
     span = timedelta(seconds=blocks * BLOCK_SECONDS)
-    days = f", {span.total_seconds() / 86_400:.1f} days after this window's seed block at {BLOCK_SECONDS} s a block"
-    if written is None or span > timedelta(days=36_500):
-        return days
-    return f"{days}: about {(written + span).astimezone(UTC):%Y-%m-%d %H:%M} UTC, counted from when the record was written"
+    text = f", {days.format(f'{span.total_seconds() / 86_400:.1f}')} at {BLOCK_SECONDS} s a block"
+    if since is None or span > timedelta(days=36_500):
+        return text
+    return f"{text}: about {(since + span).astimezone(UTC):%Y-%m-%d %H:%M} UTC{counted}"
 
 
 def percent(value: float) -> str:

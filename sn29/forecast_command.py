@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,13 +242,9 @@ def _told_future(found: Forecast, since: datetime | None) -> list[str]:
 
 
 def _when(blocks: int, since: datetime | None) -> str:
-    from sn29.explain import BLOCK_SECONDS
+    from sn29.explain import when
 
-    span = timedelta(seconds=blocks * BLOCK_SECONDS)
-    text = f", in {span.total_seconds() / 86_400:.1f} days at {BLOCK_SECONDS} s a block"
-    if since is None or span > timedelta(days=36_500):
-        return text
-    return f"{text}: about {(since + span).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    return when(blocks, since, "in {} days")
 
 
 def as_json(found: Forecast) -> dict[str, Any]:

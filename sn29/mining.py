@@ -522,13 +522,13 @@ def _copy(folder: Path, final: Path) -> None:
         for path in sorted(folder.iterdir()):
             if checkpoint.is_allowed(path.name):
                 shutil.copyfile(path, part / path.name)
-                _flush(part / path.name)
+                record_files.flush(part / path.name)
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
     except OSError:
         shutil.rmtree(part, ignore_errors=True)  # the disk may be full of it
         raise
-    _flush(final.parent)
+    record_files.flush(final.parent)
 
 
 def _content_of(folder: Path) -> str:
@@ -766,16 +766,7 @@ def _write(path: Path, value: object) -> Path:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-        _flush(path.parent)
+        record_files.flush(path.parent)
     except OSError as error:
         raise Unavailable(str(path), error.strerror or str(error)) from None
     return path
-
-
-def _flush(path: Path) -> None:
-    """A file, or the names in a folder, to the disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -66,7 +66,7 @@ def write(folder: Path, record: RoundRecord) -> Path:
         except BaseException:
             Path(part).unlink(missing_ok=True)
             raise
-        _flush_folder(folder)
+        flush(folder)
     except OSError as error:
         raise Unavailable(str(path), error.strerror or str(error)) from None
     return path
@@ -158,9 +158,12 @@ def _by_blocks(named: Path, last: int | None = None) -> list[Path]:
     return sorted((p for p in found if last is None or _by_block(p)[0] <= last), key=_by_block)
 
 
-def _flush_folder(folder: Path) -> None:
-    """The new name survives a power cut only when the folder is flushed too."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """A file, or the names in a folder, to the disk: a new name survives a power cut only when its folder is flushed too.
+
+    Raises OSError.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -614,7 +614,7 @@ class StudyPackingSettings(_Settings):
     """
     Measure what packing costs: train the same small model on the same documents, packed in several ways, with equal scored
     tokens and with equal compute, read held-out documents one by one and packed, and write the table with intervals, as
-    study.md, study.csv and study.html. A study that is stopped goes on where it was; more seeds can be added later.
+    study.md, study.csv, study.html and study.svg. A study that is stopped goes on where it was; more seeds can be added later.
     """
 
     model_config = SettingsConfigDict(cli_prog_name="sn29 study packing")

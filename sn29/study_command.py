@@ -404,6 +404,8 @@ def _report(settings: StudyPackingSettings) -> int:
     if not study.finished:
         raise Rejected(Reason.SETTING, "no finished run", "at least one", str(settings.dir / RUNS))
     written = {"study.md": report.markdown(study), "study.csv": report.comma_separated(study), "study.html": report.html(study)}
+    if drawn := report.picture(study):
+        written["study.svg"] = drawn
     for name, content in written.items():
         _write_whole(settings.dir / name, content.encode())
     if settings.json_output:

@@ -22,7 +22,7 @@ from sn29.models.tokenizer import Tokenizer, train_bpe
 from sn29.settings import StudyPackingSettings, read
 from sn29.study_command import _plan, prepare
 
-REPORTS = ("study.md", "study.csv", "study.html")
+REPORTS = ("study.md", "study.csv", "study.html", "study.svg")
 
 
 def write_text(folder: Path, documents: int = 90, ends: str = "") -> Path:

@@ -2,6 +2,7 @@
 
     study (training/study_results.py) -> tables -> study.md, study.html, terminal
                                       -> every number, one a line -> study.csv
+                                      -> the three modes as a picture -> study.svg
 
 Losses are nats a token. The HTML file is self-contained: no script, no request; its pictures are inline.
 """
@@ -61,8 +62,7 @@ def tables(study: Study) -> list[Table]:
     """All that the report says in numbers."""
     found = [table for number in range(len(_COLUMNS)) if (table := _losses(study, number)).rows]
     for group in _GROUPS:
-        chosen = [d for d in study.differences if d.question.group == group]
-        if chosen:
+        if chosen := _of_group(study, group):
             found.append(_answers(group, chosen))
     found += [t for t in (_places(study, "single", "unpacked"), _places(study, "packed", REFERENCE)) if t.rows]
     return [*found, *(t for t in (_throughput(study), _goals(study)) if t.rows)]
@@ -104,6 +104,12 @@ def html(study: Study) -> str:
         f"<section><h2>Again</h2><p><code>{text(command(study))}</code></p><p class=note>{text(_versions(study))}</p></section>"
     )
     return "\n".join(parts) + "\n</body>\n</html>\n"
+
+
+def picture(study: Study) -> str:
+    """study.svg: the three modes against each other; empty while there is nothing to compare."""
+    chosen = _of_group(study, "modes")
+    return pictures.standalone(_drawn_gaps("modes", chosen)) if chosen else ""
 
 
 def comma_separated(study: Study) -> str:
@@ -344,9 +350,10 @@ def _pictures(study: Study) -> list[str]:
     """Figures as HTML, those for which there are numbers."""
     found = []
     for group in ("modes", "start token", "packed first, then"):
-        chosen = [d for d in study.differences if d.question.group == group]
-        if chosen:
-            found.append(_gaps(group, chosen))
+        if chosen := _of_group(study, group):
+            title, note = _GROUPS[group]
+            note = f"{_words(note)} Percent of the loss; dark: 95 % over documents, light: over seeds."
+            found.append(markup.figure(text(title), _drawn_gaps(group, chosen), note))
     curves = {curve.arm: curve for curve in study.curves if curve.kind == "tokens" and curve.tokens}
     if "unpacked" in curves and len(curves) > 1 and all(len(curve.tokens) > 2 for curve in curves.values()):
         found += [_curves(curves), _gains(curves)]
@@ -356,12 +363,14 @@ def _pictures(study: Study) -> list[str]:
     return found
 
 
-def _gaps(group: str, chosen: Sequence[Difference]) -> str:
+def _of_group(study: Study, group: str) -> list[Difference]:
+    return [d for d in study.differences if d.question.group == group]
+
+
+def _drawn_gaps(group: str, chosen: Sequence[Difference]) -> str:
     rows = [(d.question.asks, d.percent, _pair(d.over_seeds), (d.over_documents.low, d.over_documents.high)) for d in chosen]
     said = "; ".join(f"{d.question.asks} {percent(d.percent)}" for d in chosen)
-    title, note = _GROUPS[group]
-    drawn = pictures.gaps(rows, f"{title}: {said}.")
-    return markup.figure(text(title), drawn, f"{_words(note)} Percent of the loss; dark: 95 % over documents, light: over seeds.")
+    return pictures.gaps(rows, f"{_GROUPS[group][0]}: {said}.")
 
 
 def _pair(found: Interval | None) -> tuple[float, float] | None:

@@ -69,7 +69,7 @@ def test_a_whole_study_answers_every_question_in_every_file():
 
 def test_the_files_are_the_same_bytes_each_time():
     first, second = whole_study(), whole_study()
-    for write in (report.markdown, report.comma_separated, report.html):
+    for write in (report.markdown, report.comma_separated, report.html, report.picture):
         assert write(first) == write(second)
 
 
@@ -137,4 +137,5 @@ def test_a_study_that_has_just_begun_has_a_report():
     made = report.markdown(study)
     assert "--seeds 1 --first-seed 3" in made
     assert "<svg" not in report.html(study)
+    assert report.picture(study) == ""
     assert "| packed |" in made

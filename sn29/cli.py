@@ -65,11 +65,20 @@ def main(arguments: list[str] | None = None) -> int:
     if words[:1] == ["--version"]:
         print(__version__)
         return 0
-    print(USAGE, file=sys.stdout if words[:1] in (["--help"], ["-h"], []) else sys.stderr)
-    if words[:1] in (["--help"], ["-h"], []):
+    asked = [word for word in words if word not in ("--help", "-h")]
+    shown = _usage(asked)
+    if shown and (not asked or asked != words):
+        print(shown)
         return 0
+    print(shown or USAGE, file=sys.stderr)
     print(f"sn29: no command {' '.join(words[:2])!r}", file=sys.stderr)
     return 2
+
+
+def _usage(words: list[str]) -> str:
+    """What there is; behind `sn29 lab`, the lines of that group alone. Empty: no such group."""
+    start = "".join(f"{word} " for word in ["  sn29", *words])
+    return "\n".join(line for line in USAGE.splitlines() if line.startswith(start)) if words else USAGE
 
 
 def _guarded(name: tuple[str, ...], command: Callable[[list[str]], int], words: list[str]) -> int:

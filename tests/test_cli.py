@@ -172,3 +172,11 @@ def test_a_localnet_survives_ctrl_c_and_a_kill(tmp_path):
     third, _ = _up(folder, wallets)
     third.send_signal(signal.SIGTERM)
     assert third.wait(20) == 0
+
+
+def test_a_group_of_commands_says_what_is_in_it():
+    found = sn29("lab", "vocab", "--help")
+    assert found.returncode == 0
+    assert [line.split()[3] for line in found.stdout.splitlines()] == ["stats", "prune"]
+    missed = sn29("lab", "none")
+    assert missed.returncode == 2 and "no command 'lab none'" in missed.stderr

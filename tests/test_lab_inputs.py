@@ -74,9 +74,10 @@ def test_documents_as_text_and_tokens(byte_tokenizer: Path, tmp_path: Path):
     found = inputs.documents(str(tmp_path), NOWHERE, tokenizer, 0, 4)
     assert sorted(text for text, _ in found) == sorted({*texts} - {""})
     assert all(ids == tokenizer.encode(text)[:4] for text, ids in found)
-    assert inputs.documents(str(tmp_path), NOWHERE, tokenizer, 2) == [
-        inputs.Document(text, tokenizer.encode(text)) for text, _ in found[:2]
-    ]
+    three = inputs.documents(str(tmp_path), NOWHERE, tokenizer, 3)
+    assert three == inputs.documents(str(tmp_path), NOWHERE, tokenizer, 3)
+    assert three != inputs.documents(str(tmp_path), NOWHERE, tokenizer, 3, seed=30)
+    assert all(ids == tokenizer.encode(text) for text, ids in three) and {text for text, _ in three} < {*texts}
     with pytest.raises(Rejected, match="--text"):
         inputs.documents(str(tmp_path / "none"), NOWHERE, tokenizer, 1)
 

@@ -166,6 +166,16 @@ def open_text(source: str, hub_endpoint: str, flag: str = "--text") -> OpenText:
     return OpenText(f"{asked}@{found.data.revision[:16]}", found)
 
 
+def some_texts(opened: OpenText, count: int, seed: int) -> Iterator[str]:
+    """`count` documents that stand for all of a source (0: all of them), in an order that depends on the seed alone.
+
+    Raises as `corpus.spread`.
+    """
+    from sn29.corpus import one_pass, spread
+
+    return islice(spread(opened.source, seed), count) if count else one_pass(opened.source, seed)
+
+
 def documents(
     source: str | OpenText,
     hub_endpoint: str,
@@ -175,15 +185,13 @@ def documents(
     *,
     seed: int = 29,
 ) -> list[Document]:
-    """The first `count` documents (0: all) of one pass in an order that depends on the seed alone, as text and token ids.
+    """`some_texts` as text and token ids.
 
     `max_tokens` > 0: ids (not the text) are cut there. A text that came before, and one without a token, is left out.
-    Raises Rejected(DATASET) for a source without documents, as `open_text` and `corpus.one_pass`.
+    Raises Rejected(DATASET) for a source without documents, as `open_text` and `some_texts`.
     """
-    from sn29.corpus import one_pass
-
     opened = open_text(source, hub_endpoint) if isinstance(source, str) else source
-    texts = iter(dict.fromkeys(islice(one_pass(opened.source, seed), count or None)))
+    texts = iter(dict.fromkeys(some_texts(opened, count, seed)))
     found: list[Document] = []
     with progress(f"reading {opened.name}") as report:
         while batch := list(islice(texts, _AT_ONCE)):

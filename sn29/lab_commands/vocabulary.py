@@ -80,10 +80,9 @@ def open_corpus(source: str, hub_endpoint: str, flag: str = "SOURCE") -> OpenTex
 
 def encoded(opened: OpenText, tokenizer: Tokenizer, seed: int, count: int = 0) -> Iterator[tuple[list[str], list[list[int]]]]:
     """Texts and ids of `count` documents (0: all), some at a time, with progress. Raises Rejected, Unavailable."""
-    from sn29.corpus import one_pass
-    from sn29.lab_commands.inputs import progress
+    from sn29.lab_commands.inputs import progress, some_texts
 
-    texts = islice(one_pass(opened.source, seed), count or None)
+    texts = some_texts(opened, count, seed)
     done = tokens = 0
     with progress(opened.name) as report:
         while batch := list(islice(texts, AT_ONCE)):

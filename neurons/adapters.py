@@ -89,6 +89,8 @@ class RuleFiles:
     hall_of_fame: HallOfFame
     hashes: Mapping[str, str]
     """sha256 hex of each competition's file."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """File name -> text of each, and of the hall of fame."""
 
 
 def read_texts(folder: Path) -> dict[str, str]:
@@ -148,7 +150,7 @@ def parse_texts(texts: Mapping[str, str]) -> RuleFiles:
     check_files(list(files.values()))
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in by_name.items()}
     hashes["hall_of_fame"] = hashlib.sha256(texts.get(HALL_OF_FAME, "").encode()).hexdigest()
-    return RuleFiles(files, hall or NOBODY, hashes)
+    return RuleFiles(files, hall or NOBODY, hashes, dict(texts))
 
 
 def read_files(settings: NeuronSettings) -> RuleFiles:
@@ -186,16 +188,17 @@ class RulesReader:
         self.files = self._checked(self._seen)
         """The last good files."""
 
-    def rules(self) -> Rules:
-        """The last good files."""
+    def rules(self, texts: Mapping[str, str] | None = None) -> Rules:
+        """The last good files; or other ones, given by name. Raises Rejected(COMPETITION_FILE) for those."""
         from sn29.examination import Rules
 
-        return Rules(self.files.files, self.files.hall_of_fame, self.files.hashes, self._validator)
+        read = self.files if texts is None or texts == self.files.texts else parse_texts(texts)
+        return Rules(read.files, read.hall_of_fame, read.hashes, self._validator)
 
     def look_again(self) -> None:
         """Takes over files that changed, if they are good; what is refused is said once, when it is first seen.
 
-        Called between rounds: a round is planned and run under the same rules.
+        Called between rounds: a round is planned and run under the same rules. From which block on they hold: `sn29.changeover`.
         """
         if self._settings.competitions_git:
             return  # a commit does not change
@@ -212,7 +215,7 @@ class RulesReader:
             telemetry.warn("rules_refused", f"{error}; the rules of before stay in force", reason=error.reason.code)
         else:
             what = {name: digest[:12] for name, digest in self.files.hashes.items()}
-            telemetry.tell("rules", "new competition files are in force", **what)
+            telemetry.tell("rules", "new competition files were read, and are good", **what)
 
     def _checked(self, texts: Mapping[str, str]) -> RuleFiles:
         read = parse_texts(texts)

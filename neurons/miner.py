@@ -1,5 +1,8 @@
 """The miner: `python neurons/miner.py --help`, or `sn29 miner --help`.
 
+Ctrl-C and SIGTERM end it within --stop.within seconds (`neurons.ending`): a step of the training is ended and a checkpoint
+written, if that is done by then; else the last checkpoint stands, and its later steps are done again.
+
 Trains a model on the competition's kind of text, measures it by the validators' own rule, publishes it when it would win,
 follows up what became of it and trains on: see `sn29.mining` for the loop. With --model it publishes that folder and ends.
 
@@ -11,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -20,7 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from neurons.ending import Stop
+from neurons.status_page import beside
 from sn29 import telemetry
+from sn29.concealment import clean, conceal
 from sn29.errors import Reason, Rejected, Sn29Error
 from sn29.rules.competition import Competition, tokenizer_for
 from sn29.settings import MinerSettings, read
@@ -42,20 +47,22 @@ Chosen = TypeVar("Chosen")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 when all that was asked for is done, 1 when something was refused, with one line that says what."""
+    """Exit status: 0 when all that was asked for is done or a signal ended it, 1 when something was refused, with one line that
+    says what."""
     try:
         settings = read(MinerSettings, sys.argv[1:] if arguments is None else arguments)
-        telemetry.configure(as_json=settings.log_json, level=settings.log_level, file=settings.log_file)
+        telemetry.configure(
+            as_json=settings.log_json, level=settings.log_level, file=settings.log_file, file_mb=settings.log_file_mb,
+            keep=settings.log_keep,
+        )  # fmt: skip
+        conceal(settings.hub_token, "(--hub.token)")
         if settings.publish_now:
             return _ask_to_publish(settings)
-        asyncio.run(run(settings))
+        Stop("miner", settings.stop_within_s).run(lambda stop: run(settings, stop))
     except Sn29Error as error:
-        print(f"sn29 miner: {error}", file=sys.stderr)
+        print(f"sn29 miner: {clean(error)}", file=sys.stderr)
         if isinstance(error, Rejected):
             print(f"  what to do: {error.reason.advice}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("sn29 miner: stopped; start again with the same --work.dir to go on", file=sys.stderr)
         return 1
     return 0
 
@@ -68,13 +75,12 @@ def _ask_to_publish(settings: MinerSettings) -> int:
     return 0
 
 
-async def run(settings: MinerSettings) -> None:
+async def run(settings: MinerSettings, stop: Stop) -> None:
     """The loop, or the submission of --model."""
     from neurons.adapters import Tokenizers, open_chain, read_files
     from sn29.evaluation.worker import Here
     from sn29.hub import Hub
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _this_task().cancel)
     file = chosen(read_files(settings).files, settings.competition)
     if "/" not in settings.repo:
         raise Rejected(Reason.SETTING, settings.repo or "nothing", "namespace/name", "--repo")
@@ -82,15 +88,23 @@ async def run(settings: MinerSettings) -> None:
     hub = Hub(settings.hub_endpoint, token=settings.hub_token or None)
     chain = open_chain(settings)  # a missing key is said now, not after the training
     with alone(settings.work_dir):
-        async with Here() as here:
+        async with beside(settings, "miner", settings.work_dir), Here() as here:
+            telemetry.note(hotkey=chain.hotkey)
             miner = _Miner(settings, file, chain, hub, Tokenizers(hub, settings.work_dir / "tokenizers"), here)
-            await (miner.loop() if settings.model is None else miner.submit_once(settings.model))
+            try:
+                await (miner.loop() if settings.model is None else miner.submit_once(settings.model))
+            finally:
+                stop.left = _left(settings)
 
 
-def _this_task() -> asyncio.Task[object]:
-    task = asyncio.current_task()
-    assert task is not None
-    return task
+def _left(settings: MinerSettings) -> str:
+    """What the next start goes on with, in words."""
+    from sn29.mining import STATE, read_state
+
+    if settings.model is not None or not (settings.work_dir / STATE).exists():
+        return f"what was done for {settings.model or settings.repo} is not done again"
+    state = read_state(settings.work_dir / STATE)
+    return f"training run {state.run} is at {state.phase!s}, its last checkpoint stands"
 
 
 def _check_records(settings: MinerSettings) -> None:

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from sn29.mining import Slice
 
 FILE, FAILED, LOCK = "slice.json", "slice-failed.json", "slice.lock"
-_TO_END_S = 1800
-"""Seconds in which a step may end and a checkpoint be written before the launcher kills; its own 30 s would lose them."""
+_LAST_S = 3.0
+"""Of the time in which the miner must have ended: kept for the launcher's own end, once its processes have theirs. Before it a
+step may end and a checkpoint be written; then they are killed, and the last checkpoint stands."""
 
 
 async def train_in_processes(settings: MinerSettings, block: int, asked: Slice) -> Path:
@@ -51,7 +52,7 @@ async def train_in_processes(settings: MinerSettings, block: int, asked: Slice) 
         raise Unavailable(str(folder), error.strerror or str(error)) from None
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(settings.processes),
-        "--shutdown-timeout", str(_TO_END_S), "-m", "neurons.slices", str(folder / FILE),
+        "--shutdown-timeout", str(max(1, int(settings.stop_within_s - _LAST_S))), "-m", "neurons.slices", str(folder / FILE),
         start_new_session=True,  # Ctrl-C is for the miner, who passes it on once
         env={**os.environ, **({"HF_TOKEN": settings.hub_token} if settings.hub_token else {})},
     )  # fmt: skip
@@ -110,7 +111,7 @@ def main() -> int:
         world = join(settings.train_device)
         telemetry.configure(
             as_json=settings.log_json, level=settings.log_level if world.is_first else "CRITICAL",
-            file=settings.log_file if world.is_first else None,
+            file=settings.log_file if world.is_first else None, file_mb=0,  # the miner, which writes it too, begins it anew
         )  # fmt: skip
         with alone(path.parent) if world.is_first else contextlib.nullcontext():
             return _train(settings, data["block"], asked, over, world)

@@ -513,6 +513,7 @@ def _peak_of(world: World) -> float:
 
 
 def _tell(progress: Progress, watch: Watch) -> None:
+    telemetry.stage("training", progress.step, progress.steps)
     if progress.step == 1 or progress.step % 20 == 0 or progress.step == progress.steps:
         telemetry.tell(
             "training", f"step {progress.step} of {progress.steps}", step=progress.step, steps=progress.steps,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sn29.concealment import clean
 from sn29.errors import Reason, Rejected, Unavailable, reasons_table
 
 if TYPE_CHECKING:
@@ -110,9 +112,25 @@ def _published(settings: CheckSettings, hub: Hub, competition: Competition, mode
         return inspect(listing, hub.reader(listing), competition, fixed)
     models, most = default_cache() / "models", int(settings.models_gb * 1e9) or None
     _unless(settings.json_output, f"what the metadata allows is fetched into {models}")
-    return asyncio.run(
-        check_published(hub, listing, competition, fixed, models, threads=THREADS, deadline_s=DEADLINE_S, models_bytes=most)
-    )
+    with _progress() as progress:
+        return asyncio.run(
+            check_published(
+                hub, listing, competition, fixed, models, threads=THREADS, deadline_s=DEADLINE_S, models_bytes=most,
+                progress=progress,
+            )
+        )  # fmt: skip
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal's standard error from the first byte on."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None, visible=False)
+        yield lambda num_bytes, total: bar.update(task, advance=num_bytes, total=total, visible=True)
 
 
 def _fixed(settings: CheckSettings, hub: Hub, competition: Competition, *, has_own: bool) -> FixedText | None:
@@ -149,9 +167,9 @@ def _unless(as_json: bool, line: str) -> None:
 
 def _say_unavailable(error: Unavailable, competition: str, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"competition": competition, "allowed": None, "unavailable": str(error)}, indent=2))
+        print(json.dumps({"competition": competition, "allowed": None, "unavailable": clean(error)}, indent=2))
     else:
-        print(f"sn29 check: nothing is known, try again: {error}", file=sys.stderr)
+        print(f"sn29 check: nothing is known, try again: {clean(error)}", file=sys.stderr)
 
 
 def _say(checked: Checked, competition: str, *, as_json: bool) -> None:

@@ -1,5 +1,5 @@
-"""`sn29 competitions show | diff | pin`: what competition files say, how two differ, and pins for what they name. And
-`sn29 simulate sequential`: what stopping hopeless challengers would do under a file's rule."""
+"""`sn29 competitions check | show | diff | pin`: whether competition files are valid, what they say, how two differ, and pins
+for what they name. And `sn29 simulate incentive | sequential`: what a file's rule would do."""
 
 from __future__ import annotations
 
@@ -19,6 +19,30 @@ if TYPE_CHECKING:
     from sn29.rules.competition import HallOfFame
     from sn29.rules.schedule import Clock, CompetitionFile
     from sn29.rules.yaml_text import HubPlace
+
+
+# ---- check -----------------------------------------------------------------------------------------------------------
+
+
+def check(words: list[str]) -> int:
+    """DIR (default: competitions), the only argument."""
+    if words[:1] in (["--help"], ["-h"]):
+        print("usage: sn29 competitions check [DIR]\n\nValidates DIR/*.yaml (default: competitions). Exit 1 when one is wrong.")
+        return 0
+    if len(words) > 1:
+        raise Rejected(Reason.SETTING, " ".join(words), "at most one folder", "sn29 competitions check")
+    from neurons.adapters import read_competitions
+
+    folder = Path(words[0] if words else "competitions")
+    competitions, hall, hashes = read_competitions(folder)
+    for name, competition in competitions.items():
+        open_pins = f"; not pinned yet: {', '.join(competition.unpinned)}" if competition.unpinned else ""
+        limit = f"{competition.limits.parameters:,} parameters"
+        print(
+            f"{name}  {competition.reward_share:.0%}  {', '.join(competition.families)}  {limit}  {hashes[name][:12]}{open_pins}"
+        )
+    print(f"{len(competitions)} competitions and {len(hall.entries)} hall of fame entries in {folder} are valid")
+    return 0
 
 
 # ---- show ------------------------------------------------------------------------------------------------------------
@@ -310,3 +334,34 @@ def simulate_sequential(words: list[str]) -> int:
         for table in stopping.tables(result):
             Console().print(table)
     return 0 if all(met for _, _, met in result.goals) else 1
+
+
+def simulate_incentive(words: list[str]) -> int:
+    """Attacks and honest progress under each scoring rule."""
+    from sn29.settings import IncentiveSettings, read
+
+    settings = read(IncentiveSettings, words)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from neurons.adapters import read_competitions
+    from neurons.miner import chosen
+    from sn29 import incentive
+
+    base = chosen(read_competitions(settings.competitions_dir)[0], settings.competition)
+    competitions, scenes = incentive.chosen_rules(base, settings.rule), incentive.chosen_scenes(settings.attack, settings.days)
+    plan = incentive.Plan(settings.runs, settings.days, settings.samples, settings.seed, settings.windows_per_day)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"{len(scenes)} scenes, {len(competitions)} rules")
+        result = incentive.simulate(
+            competitions, scenes, plan, settings.workers, lambda done, of: progress.update(task, completed=done, total=of)
+        )
+    if settings.picture is not None:
+        settings.picture.write_text(incentive.picture(result), encoding="utf-8")
+    if settings.json_output:
+        print(incentive.as_json(result))
+    else:
+        console = Console()
+        for table in incentive.tables(result):
+            console.print(table)
+    return 0 if all(goal.met for goal in result.goals) else 1

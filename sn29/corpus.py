@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -606,3 +607,21 @@ def _order(count: int, *key: int) -> list[int]:
     digest = hashlib.sha256(json.dumps(key).encode()).digest()
     numbers = np.random.Philox(key=int.from_bytes(digest[:16])).random_raw(count)
     return [int(at) for at in np.argsort(numbers, kind="stable")]
+
+
+# --- flat tables ------------------------------------------------------------------------------------------------------
+
+_TYPES = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+_BATCH_ROWS = 50_000
+
+
+def write_parquet(path: Path, columns: Mapping[str, type], rows: Iterable[Sequence[Any]]) -> int:
+    """A parquet file of whole numbers, floats and texts, some rows in memory at a time; how many it has. Raises OSError."""
+    schema = pa.schema([(name, _TYPES[kind]) for name, kind in columns.items()])
+    left, count = iter(rows), 0
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        while batch := list(islice(left, _BATCH_ROWS)):
+            arrays = [pa.array(values, of.type) for values, of in zip(zip(*batch, strict=True), schema, strict=True)]
+            writer.write_table(pa.table(arrays, schema=schema))
+            count += len(batch)
+    return count

@@ -20,10 +20,11 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from sn29.concealment import clean
 from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
 from sn29.settings import DoctorOfMiner, DoctorOfValidator
 
@@ -733,6 +734,7 @@ async def _all(settings: DoctorOfValidator | DoctorOfMiner) -> list[Finding]:
     console, found = Console(highlight=False, soft_wrap=True), []
     marks = {"ok": ("ok ", "green"), "red": ("RED", "bold red"), "unknown": ("?  ", "yellow")}
     async for finding in examine(settings):
+        finding = replace(finding, said=clean(finding.said), advice=clean(finding.advice))
         found.append(finding)
         if not settings.json_output:
             console.print(Text.assemble(marks[finding.state], f"  {finding.check:<13} {finding.said}"))

@@ -173,7 +173,10 @@ async def inspect(
     except Unavailable as error:
         return put_off(commitment, error)
     what = "inspected before, and still public" if kept and kept.facts else f"{facts.num_parameters:,} parameters: allowed"
-    tell("inspected", f"{facts.family}, {what}", hotkey=hotkey, competition=competition.name)
+    tell(
+        "inspected", f"{facts.family}, {what}", hotkey=hotkey, competition=competition.name, model=commitment.model,
+        block=commitment.block,
+    )  # fmt: skip
     return Entrant(commitment, facts, listing, admitting)
 
 
@@ -193,7 +196,7 @@ async def _listing(ports: Ports, commitment: Commitment) -> RepoListing:
     except Rejected as error:
         if error.reason in _MAY_HEAL:
             raise
-        warn("hub retry", f"{error}; listed again before it counts", hotkey=commitment.hotkey)
+        warn("hub_retry", f"{error}; listed again before it counts", hotkey=commitment.hotkey)
         return await asyncio.to_thread(ports.hub.listing, commitment.model)
 
 
@@ -230,7 +233,7 @@ async def _facts(
             # Its spans have no hash: of headers that were right when they were read for the facts nothing is believed now.
             if isinstance(error, Rejected) and error.reason in _MAY_HEAL:
                 raise
-            warn("no_fingerprint", str(error))
+            warn("no_fingerprint", str(error), model=listing.model)
     return facts
 
 
@@ -301,10 +304,14 @@ def refused(hotkey: str, competition: str, block: int, model: str, error: Reject
     )
 
 
-def say_refused(outcomes: Iterable[Outcome]) -> None:
+def say_outcomes(outcomes: Iterable[Outcome]) -> None:
+    """What became of commitments whose way ends here in this round: refused, or waiting for something."""
     for o in outcomes:
+        facts = {"hotkey": o.hotkey, "competition": o.competition, "reason": o.reason, "model": o.model}
         if o.status == "rejected":
-            warn("refused", o.detail, hotkey=o.hotkey, competition=o.competition, reason=o.reason)
+            warn("refused", o.detail, **facts)
+        elif o.status == "waiting":
+            tell("waiting", o.detail, **facts)
 
 
 def outcome_of(refusal: Refusal) -> Outcome:
@@ -313,5 +320,5 @@ def outcome_of(refusal: Refusal) -> Outcome:
 
 
 def put_off(c: Commitment, error: Unavailable) -> Outcome:
-    warn("unavailable", str(error), hotkey=c.hotkey, competition=c.competition)
+    warn("unavailable", str(error), hotkey=c.hotkey, competition=c.competition, model=c.model)
     return Outcome(c.hotkey, c.competition, c.block, "unavailable", str(c.model), reason="unavailable", detail=str(error))

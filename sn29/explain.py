@@ -268,9 +268,9 @@ def explain(records: Iterable[RoundRecord], hotkey: str, written: datetime | Non
         found = list(passages([record], hotkey))
         seen += found
         newest = record if found else newest
-    for _, same in groupby(seen, key=_same_story):
+    for _, same in groupby(seen, key=same_story):
         story = list(same)
-        lines += _told(story)
+        lines += told(story)
         data += [_passage_json(p) for p in story]
     if newest is None:
         return [f"{hotkey}: no round here says anything about it: no commitment of it was seen"], {"hotkey": hotkey, "rounds": []}
@@ -278,17 +278,17 @@ def explain(records: Iterable[RoundRecord], hotkey: str, written: datetime | Non
     for name, kept in sorted(newest.competitions.items()):
         found_prospect = prospect(name, kept, hotkey)
         if found_prospect is not None:
-            lines += _told_prospect(newest, name, kept, found_prospect, written)
+            lines += told_prospect(newest, name, kept, found_prospect, written)
             prospects[name] = _finite(asdict(found_prospect))
     return lines, {"hotkey": hotkey, "rounds": data, "prospects": prospects, "at_block": newest.head.block}
 
 
-def _same_story(p: Passage) -> tuple[object, ...]:
+def same_story(p: Passage) -> tuple[object, ...]:
     """Refusals of one commitment for one reason are told once; an evaluation is news every time."""
     return p.outcome if p.outcome.status != "evaluated" else (p.outcome, p.block)  # type: ignore[return-value]
 
 
-def _told(story: Sequence[Passage]) -> list[str]:
+def told(story: Sequence[Passage]) -> list[str]:
     p, o = story[0], story[0].outcome
     where = o.competition or "no competition"
     head = f"round of block {p.block:,}, {where}: the commitment of block {o.block:,}"
@@ -321,7 +321,7 @@ def _told_evaluated(p: Passage) -> list[str]:
     return lines
 
 
-def _told_prospect(record: RoundRecord, name: str, kept: CompetitionRecord, p: Prospect, written: datetime | None) -> list[str]:
+def told_prospect(record: RoundRecord, name: str, kept: CompetitionRecord, p: Prospect, written: datetime | None) -> list[str]:
     lines = [f"what the round of block {record.head.block:,} means for {name}"]
     if p.lost_to is None and p.improvement is None and p.wins_at is None and not p.why_never:
         advantage = next((1 - s.advantage for s in kept.scores if s.hotkey == p.holder), None)  # none: recorded otherwise

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sn29.concealment import clean
 from sn29.errors import Reason, Rejected, Unavailable
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ def forecast(words: list[str]) -> int:
         found = _forecast(settings, competition, hub, records)
     except Unavailable as error:
         if settings.json_output:
-            print(json.dumps({"competition": competition.name, "accepted": None, "unavailable": str(error)}, indent=2))
+            print(json.dumps({"competition": competition.name, "accepted": None, "unavailable": clean(error)}, indent=2))
         else:
-            print(f"sn29 forecast: nothing is known, try again: {error}", file=sys.stderr)
+            print(f"sn29 forecast: nothing is known, try again: {clean(error)}", file=sys.stderr)
         return 2
     if settings.json_output:
         print(json.dumps(as_json(found), indent=2))

@@ -315,7 +315,7 @@ class Hub:
         pause_s = error.retry_s or min(_LONGEST_WAIT_S, self._pause_s * 2 ** (tried - 1))
         if time.monotonic() + pause_s >= _ENDS.get():
             raise error
-        self._say("hub retry", f"{error}; attempt {tried + 1} of {self._attempts} in {pause_s:.1f} s")
+        self._say("hub_retry", f"{error}; attempt {tried + 1} of {self._attempts} in {pause_s:.1f} s")
         time.sleep(pause_s)
 
     def _call(self, where: str, call: Callable[[], Any]) -> Any:
@@ -398,7 +398,7 @@ class Hub:
         if retry_s:
             retry_s = min(retry_s, _LONGEST_HOLD_S)
             self._held[budget] = time.monotonic() + retry_s
-            self._say("hub limit", f"the Hub asks for {retry_s:.0f} s without requests of its budget {budget!r}")
+            self._say("hub_limit", f"the Hub asks for {retry_s:.0f} s without requests of its budget {budget!r}")
 
     def _json(self, url: str, where: str, *, as_owner: bool, longest: int = _PAGE_BYTES) -> tuple[Any, str | None]:
         """The reply's value and the address of the next page. Raises Rejected(FORBIDDEN_FILE) beyond `longest` bytes.

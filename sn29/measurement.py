@@ -17,7 +17,7 @@ import shutil
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from sn29.examination import (
     put_off,
     refuse,
     refused,
-    say_refused,
+    say_outcomes,
 )
 from sn29.models import checkpoint
 from sn29.models.disk import Disk
@@ -42,7 +42,7 @@ from sn29.records import Commitment, Loss, ModelFacts, Outcome, Sample
 from sn29.rules.competition import Competition, FixedTokenizer, named_start_token, tokenizer_for
 from sn29.rules.sequential import Bar, Stop, hopeless, portions
 from sn29.store import Unanswered
-from sn29.telemetry import tell, warn
+from sn29.telemetry import stage, tell, warn
 
 # Refusals that a failing machine can bring about as well: not believed before our own model has passed, twice.
 _MAY_BE_OURS = {Reason.NOT_DETERMINISTIC, Reason.NOT_CAUSAL}
@@ -89,10 +89,18 @@ class Turn:
     """One at a time: room on the disk is asked for before it is filled."""
     told: set[str]
     """Ways to compute losses that were told."""
+    entrants: int = 1
+    """How many are measured in all."""
+    done: set[str] = field(default_factory=set)
+    """Hotkeys of those that are over."""
 
     @classmethod
-    def of(cls, slots: int) -> Turn:
-        return cls(asyncio.Semaphore(slots + 1), asyncio.Semaphore(slots), asyncio.Lock(), set())
+    def of(cls, slots: int, entrants: int = 1) -> Turn:
+        return cls(asyncio.Semaphore(slots + 1), asyncio.Semaphore(slots), asyncio.Lock(), set(), entrants)
+
+    def measures(self, hotkey: str = "") -> None:
+        """Tells the stage, and who is evaluated now."""
+        stage("measuring", len(self.done), self.entrants, hotkey)
 
 
 class _NextRound(Unavailable):
@@ -138,7 +146,7 @@ async def measure(
                 assert losses is not None
     except Rejected as error:
         outcome = refuse(ports, entrant.admitting, commitment, error)
-        say_refused([outcome])
+        say_outcomes([outcome])
         return Measured(outcome)
     except Unavailable as error:
         return Measured(put_off(commitment, error), is_over=isinstance(error, _NextRound))
@@ -148,7 +156,7 @@ async def measure(
     failure = unfit(losses, limits.round_trip_failures, limits.unscored, own_tokenizer=own, total=len(samples))
     if failure is not None:  # of this window's samples, so it is not remembered
         outcome = refused(commitment.hotkey, competition.name, commitment.block, str(commitment.model), failure)
-        say_refused([outcome])
+        say_outcomes([outcome])
         return Measured(outcome)
     outcome = Outcome(
         commitment.hotkey, competition.name, commitment.block, "evaluated", str(commitment.model), content_id=content
@@ -193,6 +201,20 @@ def _profile(ports: Ports, competition: Competition, entrant: Entrant, chosen: C
     """Everything beside weights, tokenizer and text that decides a loss's bits, as text."""
     start = start_token_of(competition, entrant.facts)
     return f"{chosen}, {ports.machine.dtype}, start {start}, at most {competition.limits.max_tokens} tokens"
+
+
+async def measure_again(
+    ports: Ports, competition: Competition, entrant: Entrant, samples: tuple[Sample, ...], block: int
+) -> Evaluated:
+    """The losses of these samples, whatever is known of them; nothing is kept. Raises Rejected, Unavailable."""
+    turn = Turn.of(1)
+    work = _Work(ports, competition, entrant, samples, block, (), None, turn)
+    return await work._fetch_and_evaluate({}, (), await _way(ports, entrant, turn))
+
+
+async def profile_of(ports: Ports, competition: Competition, entrant: Entrant) -> str:
+    """Under which a loss of this model is kept on this machine. Raises Unavailable."""
+    return _profile(ports, competition, entrant, await _way(ports, entrant, Turn.of(1)))
 
 
 def unfit(
@@ -285,6 +307,7 @@ class _Work:
                 job, decide = self._job(folder, fixed, chosen, known, checked)
                 room = partial(disk.make_room, paid=self.paid)
                 async with await self._fetched(folder, room):
+                    self.turn.measures(commitment.hotkey)
                     try:
                         return await _evaluate(ports, self.entrant, job, self.block, decide)
                     except FileChanged as error:
@@ -305,7 +328,7 @@ class _Work:
         turn = self.turn
         async with turn.fetching:
             try:
-                await _fetch(self.ports, self.entrant, folder, self.block, room)
+                await _fetch(self.ports, self.entrant, folder, self.block, room, is_stage=not turn.evaluating.locked())
             except Unavailable as error:
                 if error.what != "disk" or not turn.evaluating.locked():
                     raise
@@ -392,15 +415,23 @@ def _throw_away(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-async def _fetch(ports: Ports, entrant: Entrant, folder: Path, block: int, room: Callable[[int], object]) -> None:
-    """The model's verified files in their folder, one a content: two commitments of one content share it."""
+async def _fetch(
+    ports: Ports, entrant: Entrant, folder: Path, block: int, room: Callable[[int], object], *, is_stage: bool = False
+) -> None:
+    """The model's verified files in their folder, one a content: two commitments of one content share it.
+
+    is_stage: nothing is evaluated meanwhile, so this is what the validator is at.
+    """
     received, cancelled = 0, threading.Event()
+    size = sum(f.size for f in entrant.listing.files if checkpoint.is_content(f.path))
 
     def count(num_bytes: int) -> None:
         nonlocal received
         received += num_bytes
         if cancelled.is_set():  # a thread cannot be stopped from outside: it stops itself at the next piece
             raise Unavailable("download", "the validator is stopping")
+        if is_stage:
+            stage("fetching", min(received, size), size, entrant.commitment.hotkey)
 
     machine, listed = ports.machine, listed_files(ports, entrant.commitment, block)
     bring = partial(

@@ -43,7 +43,7 @@ from sn29.round_record import CompetitionRecord, ModelRecord, RoundRecord
 from sn29.rules.competition import Competition
 from sn29.rules.scoring_fields import Champion
 from sn29.submission import is_verdict, named_in, passed_over, stands, verdict
-from sn29.telemetry import tell, warn
+from sn29.telemetry import stage, tell, warn
 
 STATE = "miner.json"
 REQUEST = "publish-now.json"
@@ -198,12 +198,14 @@ async def mine(tools: Tools, plan: Plan) -> State:
                 _drop_request(plan.work_dir)
             if _is_over(plan, state):
                 return state
+            stage(_STAGES.get(state.phase, "waiting"), detail=f"run {state.run}, step {state.steps}")
             state = _keep(plan.work_dir, await _STEPS[state.phase](tools, plan, state))
             pause_s = plan.poll_s
         except Unavailable as error:
             if plan.runs == 1:
                 raise
             warn("unavailable", f"{error}; tried again in {pause_s:g} s", hotkey=tools.chain.hotkey)
+            stage("waiting", detail=f"tried again: {error}")
             await asyncio.sleep(max(pause_s, error.retry_s or 0.0))
             pause_s = min(2 * pause_s, 50 * plan.poll_s)
 
@@ -617,6 +619,8 @@ _STEPS: dict[Phase, Callable[[Tools, Plan, State], Awaitable[State]]] = {
     Phase.PUBLISH: _publish,
     Phase.OVER: _over,
 }
+_STAGES = {Phase.TRAIN: "training", Phase.MEASURE: "measuring", Phase.PUBLISH: "publishing"}
+"""What `telemetry.stage` is told."""
 
 
 # --- requests from outside --------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from sn29.chain import Chain
 from sn29.errors import Reason, Rejected, Unavailable
 from sn29.records import Metagraph, Neuron, PendingReveal, SubnetParams, Weights
 from sn29.store import ChainSeen, Sent, Store
-from sn29.telemetry import tell, warn
+from sn29.telemetry import note, publishing, tell, warn
 from sn29.weight_row import conform, fractions
 
 VERSION_KEY = 100
@@ -130,6 +130,8 @@ class Publisher:
         self._grew = time.monotonic() - (max(0.0, time.time() - self._seen.at) if self._seen else 0.0)
         self._block_seconds = 0.0
         """As the chain says; 0 before it has answered this process."""
+        self.is_sending = False
+        """A set is on its way and not read back yet: whoever ends may let it end first; its note tells the rest if not."""
 
     async def look(self) -> dict[int, Step | Unavailable | Rejected]:
         """Sets the newest weights if they are due; for each mechanism where they are now, or what it last failed with.
@@ -353,14 +355,18 @@ class Publisher:
             self._store.keep_sent(mechanism, replace(sent, digests=(*sent.digests, digest)))
 
         since, digest = (sent.since, "".join(sent.digests[-1:])) if again else (None, "")
+        self.is_sending = True
         try:
-            receipt = await self._chain.set_weights(
-                weights, version_key=VERSION_KEY, mechid=mechanism, since=since, digest=digest, sending=sending
-            )
+            with publishing():
+                receipt = await self._chain.set_weights(
+                    weights, version_key=VERSION_KEY, mechid=mechanism, since=since, digest=digest, sending=sending
+                )
         except (Rejected, Unavailable) as error:
             if not again and (isinstance(error, Rejected) or error.certain):  # of an earlier try nothing is known
                 self._store.forget_sent(mechanism, sent)
             raise
+        finally:
+            self.is_sending = False
         if not receipt.verified_by_readback:
             return Step.WAITS  # another set of ours was quicker, maybe an earlier try of this one: `_find` will see
         what = f"weights of the round of block {weights.block}{f' for mechanism {mechanism}' if mechanism else ''}"
@@ -394,6 +400,7 @@ class Publisher:
             self._grew = time.monotonic() - age
             before = self._seen or ChainSeen(final, 0.0, 0.0, EPOCH, 0)
             self._keep_seen(replace(before, block=final, at=time.time() - age, block_seconds=self._block_seconds))
+            note(head=final, head_time=time.time() - age)
         return final
 
     def _keep_seen(self, seen: ChainSeen) -> None:

@@ -42,7 +42,7 @@ from sn29.examination import (
     outcome_of,
     put_off,
     refused,
-    say_refused,
+    say_outcomes,
 )
 from sn29.measurement import Against, Measured, Turn, measure, tokenizer_id_of
 from sn29.models import fingerprint
@@ -72,7 +72,7 @@ from sn29.rules.selection import (
 )
 from sn29.rules.sequential import Bar, bar_of, measuring_order, settled_before
 from sn29.store import Standing, Unanswered
-from sn29.telemetry import bug, tell
+from sn29.telemetry import about, bug, note, stage, tell
 
 WAITS = 2
 """Rounds of a week that one hotkey may hold up, and places that one model may have in vain before it waits behind others."""
@@ -149,11 +149,15 @@ class Judged:
 # --- planning ---------------------------------------------------------------------------------------------------------
 
 
-async def plan_round(ports: Ports, rules: Rules, *, catch_up: int) -> Plan | None:
-    """The round to work on now: one that was opened and not finished, else the next one due, else None."""
+async def plan_round(ports: Ports, rules: Rules, *, catch_up: int, since: int = 0, last: int | None = None) -> Plan | None:
+    """The round to work on now: one that was opened and not finished, else the next one due, else None. Only rounds from block
+    `since` on, and none after `last`: others are judged by other rules."""
     lengths = {name: rules.at(name, 0).samples.window_blocks for name in rules.files}  # the same at every block
     finalized = await ports.chain.finalized()
-    block = next_round(lengths, finalized.block, ports.store.last_finished(), catch_up)
+    note(next_window=min((finalized.block // length + 1) * length for length in lengths.values()))
+    upto = finalized.block if last is None else min(finalized.block, last)
+    done = ports.store.last_finished()
+    block = next_round(lengths, upto, max(done or 0, since - 1) if since else done, catch_up)
     if block is None:
         return None
     for opened in ports.store.open_rounds():  # only while it is due, and never under other rules than it was opened under
@@ -187,6 +191,16 @@ async def begin_with(ports: Ports, record: RoundRecord) -> bool:
     """
     if ports.store.last_finished() is not None:
         return False
+    await check_record(ports, record)
+    record_files.write(ports.machine.records_dir, record)
+    seen, digests = _first_seen_in(record), _tensor_digests_in(record)
+    ports.store.begin(record, _standings(record), _claims_in(record), seen, digests)
+    tell("begun", f"goes on from the record of block {record.head.block}", block=record.head.block)
+    return True
+
+
+async def check_record(ports: Ports, record: RoundRecord) -> None:
+    """That a record is of this chain, and gives its own bits. Raises Rejected(RECORD)."""
     where = f"record of block {record.head.block}"
     for seed in (record.head, *(kept.window.seed for kept in record.competitions.values())):
         if seed.block > record.head.block:
@@ -196,11 +210,6 @@ async def begin_with(ports: Ports, record: RoundRecord) -> bool:
     difference = compare(record, recompute(record))
     if difference is not None:
         raise Rejected(Reason.RECORD, difference.first, f"{difference.second}, computed again", f"{where}: {difference.what}")
-    record_files.write(ports.machine.records_dir, record)
-    seen, digests = _first_seen_in(record), _tensor_digests_in(record)
-    ports.store.begin(record, _standings(record), _claims_in(record), seen, digests)
-    tell("begun", f"goes on from the record of block {record.head.block}", block=record.head.block)
-    return True
 
 
 def _claims_in(record: RoundRecord) -> dict[str, tuple[int, str]]:
@@ -239,12 +248,14 @@ async def run_round(ports: Ports, rules: Rules, plan: Plan) -> Mapping[int, Weig
     Raises Unavailable when chain or text do not answer.
     """
     tell("round", f"round of block {plan.block}", block=plan.block)
+    note(round=plan.block)
+    stage("reading", detail="commitments, from the chain")
     sweep(ports.machine.work_dir)  # of a validator that was killed; nothing is evaluated yet
     known = {key: Claim(*claim) for key, claim in ports.store.claims().items()}
     claimed = await _claimed(ports, {window.seed.block - 1 for window in plan.windows.values()})
     admitted = [await _admit(ports, rules, plan, w, claimed[w.seed.block - 1], known) for w in plan.windows.values()]
     no_competition = tuple(dict.fromkeys(o for a in admitted for o in a.no_competition))
-    say_refused(no_competition)
+    say_outcomes(no_competition)
     # Copies are looked for across competitions: a model has one owner, wherever it is entered.
     by_files = first_claims([i for a in admitted for i in (*a.copies, *_inspected(a))], known)
     _keep_claims(ports, by_files)
@@ -254,8 +265,9 @@ async def run_round(ports: Ports, rules: Rules, plan: Plan) -> Mapping[int, Weig
     favoured = await _favoured(ports, graph, {a.competition.mechanism for a in admitted})
     known_before = _know(admitted, by_files, ports.store.tensor_digests(before=plan.block), resembles)
     tried = [await _try(ports, plan, a, known_before, before, favoured[a.competition.mechanism]) for a in admitted]
+    stage("deciding")
     known_now = _know(admitted, by_files, ports.store.tensor_digests(), resembles)
-    say_refused(outcome_of(r) for hotkey, r in known_now.copies.items() if hotkey not in known_before.copies)
+    say_outcomes(outcome_of(r) for hotkey, r in known_now.copies.items() if hotkey not in known_before.copies)
     _keep_claims(ports, known_now.claims)
     judged = {t.admitted.competition.name: _judge(t, known_now) for t in tried}
     await _wait_for_the_unavailable(ports, plan, tried, judged)
@@ -477,12 +489,14 @@ async def _admit(
         if foreign or refusal.commitment.competition == name:
             (no_competition if foreign else outcomes).append(outcome_of(refusal))
     earlier = dict(known)
-    for commitment in selection.by_competition[name]:
+    for done, commitment in enumerate(selection.by_competition[name]):
+        stage("inspecting", done, len(selection.by_competition[name]), f"{name}: {commitment.hotkey}")
         try:
-            found = await inspect(
-                ports, rules, competition, window, commitment, largest_id,
-                since=since.get(commitment), earlier=earlier, block=plan.block,
-            )  # fmt: skip
+            with about(commitment.hotkey):
+                found = await inspect(
+                    ports, rules, competition, window, commitment, largest_id,
+                    since=since.get(commitment), earlier=earlier, block=plan.block,
+                )  # fmt: skip
         except Exception as error:  # noqa: BLE001 - a bug that one stranger's files bring up must not stop all the others
             bug(f"looking at {commitment.hotkey} failed")
             found = put_off(commitment, Unavailable("inspection", f"{type(error).__name__}"))
@@ -543,13 +557,15 @@ async def _try(
         favoured=favoured,
         resting=far | copies.keys() | settled.keys(),
     )
-    say_refused([*admitted.outcomes, *(outcome_of(r) for r in known.refused_of(competition))])
+    say_outcomes([*admitted.outcomes, *(outcome_of(r) for r in known.refused_of(competition))])
+    stage("reading", detail=f"{competition.name}: samples, from the data set")
     samples, revisions = await asyncio.to_thread(window_samples, ports.dataset, competition, window)
     tell("samples", f"{competition.name}: {len(samples)} samples drawn by the hash of block {window.seed.block}")
     chosen = [mine[c] for c in choice.chosen]
     measured = await _measure_all(ports, plan, admitted, chosen, samples, _paid(before), bar)
     why = {h: str(stop) for h, stop in settled.items()} | dict.fromkeys(far, _OUT_OF_REACH)
     waiting = {c: _waiting(c, copies.get(c.hotkey), why.get(c.hotkey, "")) for c in choice.waiting}
+    say_outcomes(waiting.values())
     return Tried(admitted, memory, samples, revisions, measured, waiting)
 
 
@@ -563,10 +579,14 @@ async def _measure_all(
     bar: Bar | None,
 ) -> dict[Commitment, Measured]:
     """The crown's holder first, and the others against it; without its losses everybody is measured in full."""
-    turn, against = Turn.of(ports.evaluator.slots), None
+    turn, against = Turn.of(ports.evaluator.slots, len(entrants)), None
 
     async def one(entrant: Entrant) -> Measured:
-        return await _measure(ports, admitted.competition, entrant, samples, plan.block, paid, against, turn)
+        with about(entrant.commitment.hotkey):
+            measured = await _measure(ports, admitted.competition, entrant, samples, plan.block, paid, against, turn)
+        turn.done.add(entrant.commitment.hotkey)
+        turn.measures()
+        return measured
 
     found = {}
     holder = next((e for e in entrants if bar and e.commitment.hotkey == bar.holder), None)

@@ -67,10 +67,12 @@ def _flag(
     variables: tuple[str, ...] = (),
     old: tuple[str, ...] = (),
     secret: bool = False,
+    said: str = "",
 ) -> Any:
     """A setting: the flags that name it, the first one shown first, and its bounds.
 
-    variables: what others call it in the environment; old: the same, with a notice. A secret is never shown.
+    variables: what others call it in the environment; old: the same, with a notice. A secret is never shown. said: the default
+    in words, where it is another one on other machines.
     """
     return Field(
         default,
@@ -79,7 +81,7 @@ def _flag(
         ge=ge,
         le=le,
         repr=not secret,
-        json_schema_extra={"about": description, "variables": [*variables], "old": [*old], "secret": secret},
+        json_schema_extra={"about": description, "variables": [*variables], "old": [*old], "secret": secret, "said": said},
     )
 
 
@@ -94,6 +96,8 @@ class _Settings(BaseSettings):
     log_json: bool = _flag(False, "events as JSON lines", "log.json")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _flag("INFO", "least level of events that are shown", "log.level")
     log_file: Path | None = _flag(None, "append events to this file as JSON lines too", "log.file")
+    log_file_mb: float = _flag(100.0, "MB after which the log file is begun anew; 0 = never", "log.file-mb", ge=0)
+    log_keep: int = _flag(5, "older log files that are kept beside it", "log.keep", ge=0)
     debug: bool = _flag(False, "the same as --log.level DEBUG", "logging.debug")
 
     @classmethod
@@ -104,8 +108,13 @@ class _Settings(BaseSettings):
 
     @classmethod
     def program(cls) -> str:
-        """Its words behind `sn29`, e.g. `localnet up`."""
-        return str(cls.model_config.get("cli_prog_name") or "sn29").removeprefix("sn29").strip()
+        """Whose settings they are, e.g. `localnet up`: a word of variables and keys."""
+        return " ".join(cls.program_words())
+
+    @classmethod
+    def program_words(cls) -> list[str]:
+        """How it is called, behind `sn29`."""
+        return str(cls.model_config.get("cli_prog_name") or "sn29").split()[1:]
 
     @field_validator("*", mode="before")
     @classmethod
@@ -217,10 +226,17 @@ class NeuronSettings(_Settings):
     locks_dir: Path = _flag(
         Path("~/.sn29/locks"), "folder of the locks that let one process at a time write for a hotkey", "locks.dir"
     )
-    localnet_dir: Path = _flag(default_localnet(), "folder of the localnet, for --network localnet", "localnet.dir")
+    localnet_dir: Path = _flag(
+        default_localnet(), "folder of the localnet, for --network localnet", "localnet.dir", said="~/.local/share/sn29/localnet"
+    )
     hub_endpoint: str = _flag(DEFAULT_HUB, "address of the Hub", "hub.endpoint", variables=("HF_ENDPOINT",))
     competitions_dir: Path = _flag(Path("competitions"), "folder of the competition files", "competitions.dir")
     competitions_git: str = _flag("", "REPO@COMMIT whose competitions/ is read instead of the folder", "competitions.git")
+    stop_within_s: float = _flag(
+        10.0, "seconds from the first SIGTERM or Ctrl-C to the end; what is in hand is ended or rolled back", "stop.within", ge=2
+    )
+    status_port: int = _flag(0, "port of the status page and the metrics; 0 = none", "status.port", ge=0, le=65535)
+    status_host: str = _flag("127.0.0.1", "address that the page is served on; 0.0.0.0 = to everybody", "status.host")
 
     @field_validator("fallbacks", "archives")
     @classmethod
@@ -239,13 +255,17 @@ class ValidatorSettings(NeuronSettings):
     state_dir: Path = _flag(Path("~/.sn29/validator"), "folder of the store and the downloaded models", "state.dir")
     device: str = _flag("cpu", "device of the evaluation, e.g. cuda:0", "device")
     dtype: Literal["float32", "bfloat16"] = _flag("bfloat16", "number format of the evaluated models", "dtype")
-    threads: int = _flag(max(1, (os.cpu_count() or 2) // 2), "CPU threads of one evaluation", "threads", ge=1)
+    threads: int = _flag(
+        max(1, (os.cpu_count() or 2) // 2), "CPU threads of one evaluation", "threads", ge=1, said="half of the cores"
+    )
     evaluation_memory_gb: float = _flag(
         0.0, "GB of the device that a model may take; a larger one is read layer by layer; 0 = all", "evaluation.memory", ge=0
     )
     fleet: str = _flag("", "evaluate on a Ray cluster: local:N, auto or HOST:PORT; empty = on this machine alone", "fleet")
     evaluation_deadline_s: float = _flag(900.0, "seconds after which an evaluation is stopped", "evaluation.deadline", ge=1)
     download_deadline_s: float = _flag(3600.0, "seconds after which a download is put off", "download.deadline", ge=1)
+    tui: bool = _flag(False, "a live table of the round below the lines, where standard error is a terminal", "tui")
+    wandb: str = _flag("", "project of Weights & Biases that each round is logged to; needs sn29[wandb]", "wandb")
     rounds: int = _flag(0, "stop after this many rounds and one weight set; 0 = never", "rounds", ge=0)
     models_gb: float = _flag(
         0.0, "GB of disk for downloaded models; the least useful are deleted first; 0 = what is free", "models.gb", ge=0
@@ -253,6 +273,14 @@ class ValidatorSettings(NeuronSettings):
     start_record: Path | None = _flag(
         None, "first start: go on from this round record of another validator (it is replayed first)", "start-record"
     )
+    warm_start: tuple[Path, ...] = _flag(
+        (), "first start: folders or files of another validator's records, whose losses are taken over too, once a sample of "
+        "them was measured here and agrees", "warm-start",
+    )  # fmt: skip
+    warm_start_cells: int = _flag(
+        200, "losses of that sample; a share f of wrong ones goes unseen with probability (1 - f) to the power of it",
+        "warm-start-cells", ge=1,
+    )  # fmt: skip
     catch_up: int = _flag(2, "missed windows that are still judged after a pause; older ones are skipped", "catch-up", ge=1)
     poll_s: float = _flag(12.0, "seconds between looks at the chain", "poll", ge=0.05)
     weights_max_change: float = _flag(
@@ -331,7 +359,9 @@ class TrainingSettings(_Settings):
         8, "tokens rarer than this in the first 2,000 documents share one row of the embedding; 0 = none do", "min-count", ge=0
     )
     seed: int = _flag(0, "seed of the initial weights and of the order of the text", "seed")
-    threads: int = _flag(max(1, (os.cpu_count() or 2) // 2), "CPU threads of all --processes together", "threads", ge=1)
+    threads: int = _flag(
+        max(1, (os.cpu_count() or 2) // 2), "CPU threads of all --processes together", "threads", ge=1, said="half of the cores"
+    )
     train_device: Literal["cpu", "cuda"] = _flag("cpu", "where it is trained", "train-device")
     peak_tflops: float = _flag(
         0.0,
@@ -416,7 +446,9 @@ class LocalnetSettings(_Settings):
 
     model_config = SettingsConfigDict(cli_prog_name="sn29 localnet up")
 
-    localnet_dir: Path = _flag(default_localnet(), "folder of all state", "localnet.dir", "dir")
+    localnet_dir: Path = _flag(
+        default_localnet(), "folder of all state", "localnet.dir", "dir", said="~/.local/share/sn29/localnet"
+    )
     port: int = _flag(0, "port of the Hub; 0 = the one of last time, or a free one", "port", ge=0)
     block_seconds: float = _flag(1.0, "seconds a block, for a new localnet", "block-seconds", ge=0.01)
     window_blocks: int = _flag(60, "blocks of a sample window, for a new localnet", "window-blocks", ge=4)
@@ -669,6 +701,56 @@ class ReplaySettings(_Settings):
     json_output: bool = _flag(False, "print the answer as JSON", "json")
 
 
+class StoreSettings(_Settings):
+    """A validator's store."""
+
+    state_dir: Path = _flag(Path("~/.sn29/validator"), "state folder of the validator", "state.dir")
+    json_output: bool = _flag(False, "print the answer as JSON", "json")
+
+
+class StoreCheckSettings(StoreSettings):
+    """
+    Look at a validator's store and records: is the file whole, do records have the hash that they are named by, are the losses
+    the recorded ones, which rounds are open, which losses does no record refer to. Reads only, beside a running validator.
+    Exit 0: nothing is wrong. Exit 1: something is, and the table says what.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 store check")
+
+
+class StoreCompactSettings(StoreSettings):
+    """
+    Write a store anew, without the room of what was deleted; the new file takes the old one's place when it is on the disk. The
+    validator must have ended. --keep-rounds also forgets older rounds: their records and weights in the store, and the losses of
+    texts that no kept round was decided by. Kept are all claims, refusals, standings, publications and what was seen of models,
+    and the memory of the crowns, which is in the newest record; the files in records/ stay. `sn29 explain` and `sn29 replay` read
+    those files.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 store compact")
+
+    keep_rounds: int = _flag(0, "finished rounds that are kept, the newest ones, at least 2; 0 = all", "keep-rounds", ge=0)
+
+    @field_validator("keep_rounds")
+    @classmethod
+    def _are_some(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("must be 0 or at least 2")
+        return value
+
+
+class StoreExportSettings(StoreSettings):
+    """
+    Write a validator's losses, outcomes, scores, weights and publications as flat tables, one file each, with columns.md, which
+    says what every column is. Reads only, beside a running validator, everything as of one moment.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 store export")
+
+    format: Literal["parquet", "csv"] = _flag("parquet", "of the files", "format")
+    out: Path = _flag(Path("export"), "folder of the files; an export that is there is replaced", "out")
+
+
 class AuditSettings(_Settings):
     """Say where the records of two validators differ, first cause first. Exit 0: they are equal. Exit 1: they are not."""
 
@@ -689,6 +771,31 @@ class ExplainSettings(_Settings):
     state_dir: Path = _flag(_RECORDS, "state folder of a validator: its records are in the folder `records` there", "state.dir")
     records: Path | None = _flag(None, "folder with round records, or one record, instead", "records")
     json_output: bool = _flag(False, "print the answer as JSON", "json")
+
+
+class ReportSettings(_Settings):
+    """
+    Pages to look at: what a validator is doing now, every competition, every miner, every round. --out writes them as one HTML
+    file that needs nothing else; --serve shows them live, with JSON beside each page (/status.json, /competition/c00.json),
+    /metrics for Prometheus and /healthz for whoever restarts what hangs: 503 while the state is old or an alarm is critical.
+
+    RECORD is a round record or a folder of them, to be shown instead of a validator's state folder. Nothing is written there.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="sn29 report")
+
+    records: CliPositionalArg[list[Path]] = Field([], description="round records, or folders of them, instead of --state.dir")
+    state_dir: Path = _flag(_RECORDS, "state folder of a validator, or work folder of a miner", "state.dir")
+    out: Path | None = _flag(None, "write the page to this file", "out")
+    serve: str = _flag("", "HOST:PORT to show the pages on until Ctrl-C; [::1]:PORT for IPv6; port 0 = a free one", "serve")
+    rounds: int = _flag(40, "newest rounds that are shown", "rounds", ge=1, le=1000)
+    competitions_dir: Path = _flag(Path("competitions"), "folder of the competition files: what changes next", "competitions.dir")
+    competitions_git: str = _flag("", "REPO@COMMIT whose competitions/ is read instead of the folder", "competitions.git")
+    weights_alarm_epochs: int = _flag(
+        3, "an alarm when the last set on chain is older than this many epochs", "weights.alarm-epochs", ge=1
+    )
+    parent: int = _flag(0, "with --serve: end when the process of this number, our parent, has; 0 = never", "parent", ge=0)
+    json_output: bool = _flag(False, "print everything that the pages say as JSON", "json")
 
 
 class ForecastSettings(_Settings):

@@ -2,23 +2,29 @@
 
 What was kept here survives `kill -9` at any instant: every method is one transaction, flushed before it returns. Losses are
 keyed by content, tokenizer, numeric profile and sample, so a row is never used for anything but what it was measured on.
+
+A file of an older schema is brought up to date by the first validator that opens it: copied beside itself, then changed in one
+transaction. A file of a newer schema is refused.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
-from sn29.errors import Reason, Rejected
+from sn29.errors import Reason, Rejected, Unavailable
 from sn29.records import Commitment, Identity, Loss, ModelFacts, ModelId, Outcome, RepoFile, RepoListing, Weights
 from sn29.round_record import RoundRecord, decode, encode
 
-SCHEMA = 5
+SCHEMA = 6
 
 _TABLES = """
 create table meta(key text primary key, value text not null) strict;
@@ -36,8 +42,12 @@ create table repository(model text primary key, files text not null, facts text,
 create table content(content_id text primary key, tensor_digest text, since integer, fingerprint text) strict;
 create table loss(
   content_id text, tokenizer_id text, profile text, sample text,
-  nats real not null, tokens integer not null, reason text not null,
+  nats real not null, tokens integer not null, reason text not null, imported integer not null default 0,
   primary key (content_id, tokenizer_id, profile, sample)) strict, without rowid;
+create table imported(
+  number integer primary key, source text not null, address text not null, block integer not null, at real not null,
+  cells integer not null, checked integer not null, worst real not null) strict;
+create table rules(since integer primary key, texts text not null, software text not null) strict;
 create table round(block integer primary key, plan text not null, record text, weights text) strict;
 create table standing(round integer, competition text, model text, hotkey text not null, weight real not null,
   primary key (round, competition, model)) strict;
@@ -72,6 +82,18 @@ create table unanswered(
   primary key (hotkey, model, round)) strict;
 """
 """From schema 4, by which every round waited for whoever did not answer."""
+
+_FROM_5 = """
+alter table loss add column imported integer not null default 0;
+create table imported(
+  number integer primary key, source text not null, address text not null, block integer not null, at real not null,
+  cells integer not null, checked integer not null, worst real not null) strict;
+create table rules(since integer primary key, texts text not null, software text not null) strict;
+"""
+"""From schema 5, which knew no losses but its own, and judged a round by whatever files and software it was started with."""
+
+_STEPS = {2: _FROM_2, 3: _FROM_3, 4: _FROM_4, 5: _FROM_5}
+"""By the schema that they lead from, to the next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +142,49 @@ class StoredRound:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredLoss:
+    """One cell of the table of losses."""
+
+    content_id: str
+    tokenizer_id: str
+    profile: str
+    loss: Loss
+    imported: int = 0
+    """Number of the import that it came with; 0: measured here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """Losses that were taken over from another validator's record."""
+
+    source: str
+    """Whose, as the operator named it: the path of the record."""
+    address: str
+    """sha256 hex of the record."""
+    block: int
+    """Of its round."""
+    at: float
+    """When, in seconds since 1970."""
+    cells: int
+    """How many losses."""
+    checked: int
+    """So many of them were measured here as well."""
+    worst: float
+    """Largest relative difference that was found, and allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RulesKept:
+    """What rounds are judged by from a block on."""
+
+    since: int
+    texts: Mapping[str, str]
+    """File name -> text of the competition files."""
+    software: Mapping[str, str]
+    """Name -> version of whatever moves a loss or a weight."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sent:
     """Weights that were sent, or are about to be, and are not known to stand on chain yet."""
 
@@ -150,13 +215,17 @@ class ChainSeen:
     """Epochs until committed weights stand; 0 when they are set in the open."""
 
 
+Say = Callable[[str, str], None]
+"""say(event, sentence)."""
+
+
 class Store:
     """The validator's memory, in `path`. Several processes may read while one writes."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        """Opens or creates the file; one of schema 2, 3 or 4 is brought up to date, unless it is only read.
+    def __init__(self, path: Path, *, read_only: bool = False, say: Say = lambda *_: None) -> None:
+        """Opens or creates the file; one of an older schema is copied and brought up to date, unless it is only read.
 
-        Raises Rejected(SETTING) for a file of another schema.
+        say: is told of that. Raises Rejected(SETTING) for a file of another schema, and one that is no store.
         """
         if read_only and not path.exists():
             raise Rejected(Reason.SETTING, f"no store at {path}", "the state folder of a validator that has run")
@@ -164,39 +233,71 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             address = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
             self._db = sqlite3.connect(address, uri=True, timeout=30, isolation_level=None)
+            schema = self._schema()
+            if schema is not None and not min(_STEPS) <= schema <= SCHEMA:
+                whose = ", of this software; start the one that wrote it" if schema > SCHEMA else ""
+                self._refuse(path, schema, f"schema {min(_STEPS)} to {SCHEMA}{whose}")
             if not read_only:
-                self._create()
+                self._create(path, schema, say)
+            elif schema != SCHEMA:
+                self._refuse(path, schema, f"schema {SCHEMA}; start the validator once, which brings it up to date")
         except (OSError, sqlite3.Error) as error:
-            raise Rejected(Reason.SETTING, f"{path}: {error}", "a folder that can be written to") from None
-        schema = self._value("select value from meta where key = 'schema'")
-        if schema != str(SCHEMA):
-            older = "; start the validator once, which brings it up to date" if schema in ("2", "3", "4") else ""
-            raise Rejected(Reason.SETTING, f"schema {schema} in {path}", f"schema {SCHEMA}{older}")
+            raise Rejected(Reason.SETTING, f"{path}: {error}", "a store, in a folder that can be written to") from None
 
-    def _create(self) -> None:
+    def _refuse(self, path: Path, schema: int | None, rule: str) -> NoReturn:
+        self._db.close()
+        raise Rejected(Reason.SETTING, f"schema {schema if schema is not None else 'unknown'} in {path}", rule)
+
+    def _schema(self) -> int | None:
+        """None in a file that has no tables yet, or not ours."""
+        if not self._value("select 1 from sqlite_master where name = 'meta'"):
+            return None
+        found = str(self._value("select value from meta where key = 'schema'"))
+        return int(found) if found.isdecimal() else None
+
+    def _create(self, path: Path, schema: int | None, say: Say) -> None:
+        if schema is None and self._value("select 1 from sqlite_master"):
+            self._refuse(path, None, "a store of sn29")
         self._db.execute("pragma journal_mode=wal")
         self._db.execute("pragma synchronous=full")  # a kept loss survives a power cut too
+        if schema is not None and schema < SCHEMA:
+            kept = self._back_up(path, schema)
+            say("store", f"schema {schema} is brought up to schema {SCHEMA}; as it was it is kept in {kept}")
         with self._transaction() as db:
-            if not db.execute("select 1 from sqlite_master where name = 'meta'").fetchone():
-                for statement in filter(str.strip, _TABLES.split(";")):
-                    db.execute(statement)
+            now = self._schema()  # another process may have been quicker
+            if now is None:
+                _run(db, _TABLES)
                 db.execute("insert into meta values ('schema', ?)", (str(SCHEMA),))
                 return
-            if self._value("select value from meta where key = 'schema'") == "2":
-                self._update_from_2(db)
-            for before, after, statements in (("3", "4", _FROM_3), ("4", "5", _FROM_4)):
-                if self._value("select value from meta where key = 'schema'") == before:
-                    for statement in filter(str.strip, statements.split(";")):
-                        db.execute(statement)
-                    db.execute("update meta set value = ? where key = 'schema'", (after,))
+            for step in range(now, SCHEMA):
+                _run(db, _STEPS[step])
+                if step == 2:
+                    self._weights_by_mechanism(db)
+            if now < SCHEMA:
+                db.execute("update meta set value = ? where key = 'schema'", (str(SCHEMA),))
+
+    def _back_up(self, path: Path, schema: int) -> Path:
+        """A whole copy beside the file, on the disk before anything is changed; one of an earlier try is replaced."""
+        kept = path.with_name(f"{path.name}.schema{schema}.bak")
+        descriptor, part = tempfile.mkstemp(prefix=f".{kept.name}.", suffix=".part", dir=path.parent)
+        os.close(descriptor)
+        try:
+            with closing(sqlite3.connect(part)) as copy:
+                self._db.backup(copy)
+                copy.execute("pragma journal_mode=delete")  # one file
+            _flush(Path(part))
+            os.replace(part, kept)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
+        _flush(path.parent)
+        return kept
 
     @staticmethod
-    def _update_from_2(db: sqlite3.Connection) -> None:
-        for statement in filter(str.strip, _FROM_2.split(";")):
-            db.execute(statement)
+    def _weights_by_mechanism(db: sqlite3.Connection) -> None:
+        """Schema 2 knew one mechanism."""
         for block, weights in db.execute("select block, weights from round where weights is not null").fetchall():
             db.execute("update round set weights = ? where block = ?", (json.dumps({"0": json.loads(weights)}), block))
-        db.execute("update meta set value = '3' where key = 'schema'")
 
     def close(self) -> None:
         self._db.close()
@@ -383,7 +484,7 @@ class Store:
     def keep_losses(self, content_id: str, tokenizer_id: str, profile: str, losses: Iterable[Loss]) -> None:
         rows = [(content_id, tokenizer_id, profile, x.sample, x.nats, x.num_tokens, x.reason) for x in losses]
         with self._transaction() as db:
-            db.executemany("insert or replace into loss values (?, ?, ?, ?, ?, ?, ?)", rows)
+            db.executemany("insert or replace into loss values (?, ?, ?, ?, ?, ?, ?, 0)", rows)
 
     def forget_losses(self, content_id: str, tokenizer_id: str, profile: str) -> None:
         """Of a row that was found to be wrong."""
@@ -393,6 +494,42 @@ class Store:
 
     def count_losses(self) -> int:
         return int(self._value("select count(*) from loss"))
+
+    def each_loss(self) -> Iterator[StoredLoss]:
+        """All of them, by key."""
+        query = "select * from loss order by content_id, tokenizer_id, profile, sample"
+        for content, tokenizer, profile, sample, nats, tokens, reason, imported in self._db.execute(query):
+            yield StoredLoss(content, tokenizer, profile, Loss(sample, nats, tokens, reason), imported)
+
+    def import_losses(self, came: Imported, rows: Iterable[StoredLoss], tensor_digests: Mapping[str, str]) -> int:
+        """Takes over another validator's losses, marked, in one step; what was measured here stays. How many came that way."""
+        with self._transaction() as db:
+            number = db.execute("insert into imported values (null, ?, ?, ?, ?, ?, ?, ?)", _row(came)).lastrowid
+            cells = [
+                (x.content_id, x.tokenizer_id, x.profile, x.loss.sample, x.loss.nats, x.loss.num_tokens, x.loss.reason, number)
+                for x in rows
+            ]
+            before = self.count_losses()
+            db.executemany("insert or ignore into loss values (?, ?, ?, ?, ?, ?, ?, ?)", cells)
+            _keep_tensor_digests(db, tensor_digests, came.block, instead=False)
+            return self.count_losses() - before
+
+    def nats(self, content_id: str, tokenizer_id: str, samples: Iterable[str]) -> dict[str, tuple[float, ...]]:
+        """Sample -> what is known of it under this model, whichever way it was computed."""
+        rows = self._db.execute(
+            "select sample, nats from loss where content_id = ? and tokenizer_id = ?"
+            " and sample in (select value from json_each(?)) order by profile",
+            (content_id, tokenizer_id, json.dumps(list(samples))),
+        )
+        found: dict[str, tuple[float, ...]] = {}
+        for sample, nats in rows:
+            found[sample] = (*found.get(sample, ()), nats)
+        return found
+
+    def imports(self) -> dict[int, Imported]:
+        """By number, oldest first."""
+        query = "select number, source, address, block, at, cells, checked, worst from imported order by number"
+        return {number: Imported(*rest) for number, *rest in self._db.execute(query)}
 
     # --- rounds and weights -----------------------------------------------------------------------------------------
 
@@ -455,6 +592,16 @@ class Store:
         rows = self._db.execute("select block, plan, record from round order by block")
         return tuple(StoredRound(row[0], json.loads(row[1]), decode(row[2].encode()) if row[2] else None) for row in rows)
 
+    def record_texts(self) -> Iterator[tuple[int, bytes]]:
+        """(block, record as it was written) of each finished round, oldest first; one in memory at a time."""
+        for block, text in self._db.execute("select block, record from round where record is not null order by block"):
+            yield block, text.encode()
+
+    def decided(self) -> Iterator[tuple[int, dict[int, Weights]]]:
+        """(block, mechanism -> weights) of each finished round, oldest first."""
+        for block, text in self._db.execute("select block, weights from round where weights is not null order by block"):
+            yield block, {int(m): Weights(block, MappingProxyType(kept)) for m, kept in json.loads(text).items()}
+
     def last_record(self, *, before: int) -> RoundRecord | None:
         """Of the newest finished round before a block."""
         text = self._value(
@@ -484,6 +631,40 @@ class Store:
         """Block of the oldest round that decided weights; None when there is none."""
         block = self._value("select min(block) from round where weights is not null")
         return None if block is None else int(block)
+
+    # --- rules over time --------------------------------------------------------------------------------------------
+
+    def rules_kept(self) -> tuple[RulesKept, ...]:
+        """What rounds were, are and will be judged by, by block."""
+        rows = self._db.execute("select since, texts, software from rules order by since")
+        return tuple(RulesKept(since, json.loads(texts), json.loads(software)) for since, texts, software in rows)
+
+    def keep_rules(self, rules: RulesKept) -> None:
+        """These from their block on: what was noted for that block or a later one never took effect. Of those before it the
+        newest is kept, since a round that is open was begun with it."""
+        row = (rules.since, json.dumps(dict(rules.texts)), json.dumps(dict(rules.software)))
+        with self._transaction() as db:
+            db.execute("delete from rules where since >= ?", (rules.since,))
+            db.execute("delete from rules where since < (select max(since) from rules)")
+            db.execute("insert into rules values (?, ?, ?)", row)
+
+    # --- the file itself --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Everything that is read inside is of one moment, whatever a validator writes meanwhile."""
+        self._db.execute("begin")
+        try:
+            yield
+        finally:
+            self._db.execute("rollback")
+
+    def faults(self) -> tuple[str, ...]:
+        """What SQLite finds wrong with the file, page by page; empty when it is whole."""
+        try:
+            return tuple(row[0] for row in self._db.execute("pragma integrity_check") if row[0] != "ok")
+        except sqlite3.DatabaseError as error:
+            return (str(error),)
 
     # --- weights on their way to the chain --------------------------------------------------------------------------
 
@@ -525,6 +706,10 @@ class Store:
         query = "select block, round, weights from publication where mechanism = ? order by block"
         return tuple((block, _weights(round, kept)) for block, round, kept in self._db.execute(query, (mechanism,)))
 
+    def mechanisms(self) -> tuple[int, ...]:
+        """Those that something was published for."""
+        return tuple(row[0] for row in self._db.execute("select distinct mechanism from publication order by mechanism"))
+
     def last_publication(self, mechanism: int = 0) -> tuple[int, Weights] | None:
         """The newest of `publications`."""
         query = "select block, round, weights from publication where mechanism = ? order by block desc limit 1"
@@ -532,13 +717,47 @@ class Store:
         return (row[0], _weights(row[1], row[2])) if row else None
 
 
-def _keep_tensor_digests(db: sqlite3.Connection, digests: Mapping[str, str], block: int) -> None:
-    """By content id; the newest counts, since a content's tensors change only with how they are digested."""
+@contextmanager
+def reading(path: Path) -> Iterator[Store]:
+    """A store that is only looked at, beside the process that writes it. Raises Rejected(SETTING) as `Store` does, Unavailable
+    for what SQLite cannot read: a damaged file, a disk that fails."""
+    store = Store(path, read_only=True)
+    try:
+        yield store
+    except sqlite3.Error as error:
+        raise Unavailable(str(path), str(error)) from None
+    finally:
+        store.close()
+
+
+def _keep_tensor_digests(db: sqlite3.Connection, digests: Mapping[str, str], block: int, *, instead: bool = True) -> None:
+    """By content id; the newest counts, since a content's tensors change only with how they are digested. Not `instead`: one
+    that is there stays."""
+    digest = "?2" if instead else "coalesce(tensor_digest, ?2)"
     db.executemany(
         "insert into content(content_id, tensor_digest, since) values (?1, ?2, ?3)"
-        " on conflict do update set tensor_digest = ?2, since = min(coalesce(since, ?3), ?3)",
-        [(content, digest, block) for content, digest in digests.items()],
+        f" on conflict do update set tensor_digest = {digest}, since = min(coalesce(since, ?3), ?3)",
+        [(content, found, block) for content, found in digests.items()],
     )
+
+
+def _row(came: Imported) -> tuple[object, ...]:
+    return came.source, came.address, came.block, came.at, came.cells, came.checked, came.worst
+
+
+def _run(db: sqlite3.Connection, statements: str) -> None:
+    """One after the other: `executescript` would end the transaction."""
+    for statement in filter(str.strip, statements.split(";")):
+        db.execute(statement)
+
+
+def _flush(path: Path) -> None:
+    """A file, or the names in a folder, to the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _text(weights: Weights) -> str:
@@ -561,3 +780,80 @@ class _Transaction:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._db.execute("rollback" if kind else "commit")
+
+
+# --- compacting -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Compacted:
+    """What `compact` did."""
+
+    bytes_before: int
+    bytes_after: int
+    rounds: int
+    """That were forgotten."""
+    losses: int
+    """That went with them."""
+
+
+def compact(path: Path, keep_rounds: int = 0, progress: Callable[[str], None] = lambda _: None) -> Compacted:
+    """Writes the store anew without its empty pages, and puts the new file in the old one's place when it is on the disk.
+
+    keep_rounds: finished rounds that are kept, the newest ones; 0: all. Of an older round go its record and weights, and the
+    losses of texts that it names and no kept round does. Nothing goes that a later round asks for: claims, first blocks,
+    refusals, what was seen of repositories and tensors, standings, publications, notes of what was sent, and the newest record
+    with its weights and the memory of the crowns. Losses of texts that no record names belong to a round that is open, and stay.
+
+    The caller holds the lock of the state folder. Raises Rejected(SETTING).
+    """
+    if not path.exists():
+        raise Rejected(Reason.SETTING, f"no store at {path}", "the state folder of a validator that has run")
+    store = Store(path)  # a file of an older schema is brought up to date first
+    part = path.with_name(f".{path.name}.compact.part")
+    try:
+        store._db.execute("pragma busy_timeout=2000")
+        if store._db.execute("pragma wal_checkpoint(truncate)").fetchone()[0]:
+            raise Rejected(Reason.SETTING, f"{path}, which another process reads now", "a store that nobody uses; try again")
+        part.unlink(missing_ok=True)
+        progress("copying")
+        store._db.execute("vacuum into ?", (str(part),))
+        store.close()
+        rounds, losses = _prune(part, keep_rounds, progress) if keep_rounds else (0, 0)
+        _flush(part)
+        done = Compacted(path.stat().st_size, part.stat().st_size, rounds, losses)
+        for more in ("-wal", "-shm"):  # empty, and of the old file: beside the new one they would be taken for its own
+            path.with_name(path.name + more).unlink(missing_ok=True)
+        os.replace(part, path)
+        _flush(path.parent)
+    except (OSError, sqlite3.Error) as error:
+        raise Rejected(Reason.SETTING, f"{path}: {error}", "a store, and as much free room on its disk as it takes") from None
+    finally:
+        store.close()
+        part.unlink(missing_ok=True)
+    return done
+
+
+def _prune(path: Path, keep_rounds: int, progress: Callable[[str], None]) -> tuple[int, int]:
+    """(rounds, losses) that were forgotten, in a file that nobody uses yet."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("pragma journal_mode=delete")
+        blocks = [row[0] for row in db.execute("select block from round where record is not null order by block desc")]
+        old = set(blocks[keep_rounds:])
+        named, kept = set[str](), set[str]()
+        for count, block in enumerate(blocks):
+            progress(f"reading record {count + 1} of {len(blocks)}")
+            text = db.execute("select record from round where block = ?", (block,)).fetchone()[0]
+            samples = {s.id for c in decode(text.encode()).competitions.values() for s in c.samples}
+            (named if block in old else kept).update(samples)
+        progress("forgetting")
+        with _Transaction(db):
+            before = db.execute("select count(*) from loss").fetchone()[0]
+            db.execute("create temp table gone(sample text primary key)")
+            db.executemany("insert into gone values (?)", [(sample,) for sample in named - kept])
+            db.execute("delete from loss where sample in (select sample from gone)")
+            db.executemany("delete from round where block = ?", [(block,) for block in old])
+            after = db.execute("select count(*) from loss").fetchone()[0]
+        progress("writing")
+        db.execute("vacuum")
+    return len(old), before - after

@@ -23,13 +23,14 @@ no final commitment of ours names, whatever failed before.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from sn29 import record_files
 from sn29.chain import Chain
+from sn29.concealment import conceal, reveal
 from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
 from sn29.evaluation.profile import ROW_TOKENS, Profile, Tiles
 from sn29.evaluation.worker import Evaluator, Here, Job, SeveralReasons, memory_needed
@@ -147,23 +148,27 @@ async def check_published(
     threads: int,
     deadline_s: float,
     models_bytes: int | None = None,
+    progress: Callable[[int, int], None] = lambda num_bytes, total: None,
 ) -> Checked:
     """The same on a repository, in a validator's order: what the metadata refuses is not downloaded.
 
     The files come into a folder of `models_dir`, each checked on arrival, and stay there for the next call, until another
-    model needs the place: the longest unused is deleted first, to keep to `models_bytes` (None: what the disk has). Raises
-    Unavailable when Hub, disk or child gave no answer, Rejected when the repository closes meanwhile.
+    model needs the place: the longest unused is deleted first, to keep to `models_bytes` (None: what the disk has). `progress`
+    is told of each piece that came, and of the bytes of all. Raises Unavailable when Hub, disk or child gave no answer,
+    Rejected when the repository closes meanwhile.
     """
     checked = await asyncio.to_thread(inspect, listing, hub.reader(listing), competition, fixed)
     if checked.facts is None or checked.refusals:
         return checked
     disk, files = Disk(models_dir, budget_bytes=models_bytes), tuple(f for f in listing.files if checkpoint.is_content(f.path))
+    total = sum(file.size for file in files)
     try:
         with disk.using(checked.facts.content_id) as folder:
             try:
                 await asyncio.to_thread(
-                    fetch, hub, listing, folder, only=checkpoint.is_content, deadline_s=deadline_s, room=disk.make_room
-                )
+                    fetch, hub, listing, folder, only=checkpoint.is_content, deadline_s=deadline_s, room=disk.make_room,
+                    progress=lambda num_bytes: progress(num_bytes, total),
+                )  # fmt: skip
             except Rejected as error:
                 return Checked(checked.facts, (error,))
             return await check(folder, competition, fixed, threads=threads, deadline_s=deadline_s, files=files)
@@ -197,6 +202,7 @@ async def submit(
     if standing is not None and (standing.digest, standing.competition) == (digest, competition.name):
         tell("public", f"{standing.model} is committed to and can be seen already", hotkey=chain.hotkey, block=standing.block)
         return standing
+    conceal(repo, "(--repo)")  # nothing that is told or logged names a repository that nobody can see
     await asyncio.to_thread(hub.create, repo, private=True)
     await asyncio.to_thread(hub.set_private, repo, True)
     try:
@@ -206,6 +212,7 @@ async def submit(
         await _show_what_stands(chain, hub, repo)
         raise
     await asyncio.to_thread(hub.set_private, repo, False)
+    reveal(repo)
     tell("public", f"{model} can be seen by everybody", hotkey=chain.hotkey)
     return Commitment(chain.hotkey, block, model, digest, competition.name)
 
@@ -338,6 +345,7 @@ async def _show_what_stands(chain: Chain, hub: Hub, repo: str) -> None:
     try:
         if await _committed(chain, hub, repo) is not None:
             await asyncio.to_thread(hub.set_private, repo, False)
+            reveal(repo)
             return
     except Sn29Error:  # what failed before may fail here too; the first failure is told
         pass

@@ -98,7 +98,10 @@ def _run(settings: TrainSettings, world: World) -> int:
     from sn29.hub import Hub
     from sn29.mining import Slice
 
-    telemetry.configure(as_json=settings.log_json, level=settings.log_level, file=settings.log_file if world.is_first else None)
+    telemetry.configure(
+        as_json=settings.log_json, level=settings.log_level, file=settings.log_file if world.is_first else None,
+        file_mb=settings.log_file_mb, keep=settings.log_keep,
+    )  # fmt: skip
     competition = chosen(read_competitions(settings.competitions_dir)[0], settings.competition)
     hub = Hub(settings.hub_endpoint, token=os.environ.get("HF_TOKEN") or None)
     folder = settings.work_dir / "training"

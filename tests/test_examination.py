@@ -198,7 +198,7 @@ def test_a_list_that_is_itself_what_is_wrong_must_come_twice(site, model, events
     more = {"Link": f'<{site.server.endpoint}/more>; rel="next"'}
     site.server.faults.set(Fault("tree", times=1, headers=more))
     assert isinstance(site.look(commitment), Entrant), "one reply says that there is another page"
-    assert [event for event, _ in events if event == "hub retry"] == ["hub retry"]
+    assert [event for event, _ in events if event == "hub_retry"] == ["hub_retry"]
     site.server.faults.set(Fault("tree", headers=more))
     other = site.validator("other")
     assert site.look(commitment, other).reason == "forbidden_file"

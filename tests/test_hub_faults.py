@@ -267,7 +267,7 @@ def test_bytes_that_change_on_the_line_each_time_are_not_the_models_fault(site: 
     site.server.faults.set(*two)
     with pytest.raises(Unavailable, match="other bytes came each time"):
         fetch(hub, listing, site.folder / "to", deadline_s=60, say=site.say)
-    assert [line.split(":")[0] for line in site.said] == ["wrong bytes", "wrong bytes"]
+    assert [line.split(":")[0] for line in site.said] == ["wrong_bytes", "wrong_bytes"]
     site.server.faults.set(Fault(STORE, wire=Wire(flip_at=100_000)))
     assert _reason(lambda: fetch(hub, listing, site.folder / "to", deadline_s=60)) is Reason.CORRUPT
     assert not (site.folder / "to.part").exists(), "nothing of it is kept"
@@ -450,7 +450,7 @@ def test_hub_that_asks_for_a_pause_is_left_alone_by_all_calls_of_that_budget(sit
         assert caught.value.retry_s is not None
         assert 200 < caught.value.retry_s <= 299
     assert len(site.server.served) == 1, "the others did not even ask"
-    assert site.said == ["hub limit: the Hub asks for 299 s without requests of its budget 'api'"]
+    assert site.said == ["hub_limit: the Hub asks for 299 s without requests of its budget 'api'"]
     hub.alive(site.model)
     assert len(site.server.served) == 2, "files have a budget of their own"
 

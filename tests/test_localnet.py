@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import neurons
-from sn29 import cli
+from sn29 import cli, telemetry
 from sn29.chain import Chain, load_wallet
 from sn29.hub import Hub
 from sn29.localnet import demo, text
@@ -157,6 +157,10 @@ def test_a_validator_killed_at_every_stage_ends_where_an_undisturbed_one_does(su
     last.process.terminate()
     assert last.process.wait(10) == 0, last.errors.read_text()[-2000:]
     assert calm.process.wait(300) == 0, calm.errors.read_text()[-2000:]
+    status = telemetry.Status.from_json((tmp_path / "calm" / telemetry.STATUS).read_bytes())
+    assert status.counters["published"] == 1
+    assert {"reading", "inspecting", "fetching", "measuring", "deciding"} <= set(status.stage_seconds)
+    assert len(telemetry.Status.from_json((tmp_path / "killed" / telemetry.STATUS).read_bytes()).starts) == 6
 
     rows = [asyncio.run(_row(localnet, wallets, name)) for name in ("calm", "killed")]
     assert rows[0] == rows[1]

@@ -528,9 +528,9 @@ def test_every_fault_that_passes_is_survived_by_a_round_and_told(subnet, model, 
     assert reasons(subnet, record) == dict.fromkeys(("ann", "ben", "cat"), "evaluated")
     assert set(subnet.hub.faults.hits()) == {1}
     told = Counter(event for event, _ in events)
-    assert told["hub retry"] >= 15
-    assert told["download cut"] >= 4
-    assert (told["hub limit"], told["wrong bytes"]) == (1, 1), "a length that is too long and a forgotten Range do no harm"
+    assert told["hub_retry"] >= 15
+    assert told["download_cut"] >= 4
+    assert (told["hub_limit"], told["wrong_bytes"]) == (1, 1), "a length that is too long and a forgotten Range do no harm"
     assert {"refused", "unavailable", "bug"}.isdisjoint(told)
 
 

@@ -2,19 +2,23 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+from collections import Counter
+from contextlib import closing
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
 
-from sn29.errors import Reason, Rejected
+from sn29.errors import Rejected
 from sn29.records import Commitment, Head, Identity, Loss, ModelFacts, ModelId, Outcome, RepoFile, RepoListing, Weights
 from sn29.round_record import RoundRecord
-from sn29.store import ChainSeen, Sent, Standing, Store, StoredRepository, Unanswered
+from sn29.store import SCHEMA, ChainSeen, Sent, Standing, Store, StoredRepository, Unanswered
 
 COMMITMENT = Commitment("5Alice", 7, ModelId("alice", "model", "a" * 40), "A" * 43 + "=", "c00")
 
@@ -209,77 +213,169 @@ def test_what_is_sent_is_kept_until_it_stands(store, tmp_path):
     assert (store.publications(), store.publications(1)) == (((733, two),), ())
 
 
-SCHEMA_2 = """
-create table meta(key text primary key, value text not null) strict;
-create table claim(key text primary key, block integer not null, hotkey text not null) strict;
-create table verdict(
-  hotkey text, block integer, data blob, rules text, outcome text not null,
-  primary key (hotkey, block, data, rules)) strict;
-create table failure(hotkey text, block integer, data blob, count integer not null,
-  primary key (hotkey, block, data)) strict;
-create table loss(
-  content_id text, tokenizer_id text, profile text, sample text,
-  nats real not null, tokens integer not null, reason text not null,
-  primary key (content_id, tokenizer_id, profile, sample)) strict, without rowid;
-create table round(block integer primary key, plan text not null, record text, weights text) strict;
-create table standing(round integer, competition text, model text, hotkey text not null, weight real not null,
-  primary key (round, competition, model)) strict;
-create table publication(block integer primary key, round integer not null, weights text not null) strict;
-insert into meta values ('schema', '2'), ('chain', '0xabc netuid 29');
-insert into claim values ('content', 20, '5Bob');
-insert into publication values (7561, 7560, '{"ann": 1.0}');
-insert into round values (7920, '{"block": 7920}', null, null);
+VECTORS = Path(__file__).parent / "vectors"
+OLDER = (2, 3, 4, 5)
+
+
+def older(schema: int, path: Path) -> Path:
+    """A store as the software of that time left it: the tables that it made, and some rows."""
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript("pragma journal_mode=wal;" + (VECTORS / f"store_schema{schema}.sql").read_text())
+    return path
+
+
+def tables(path: Path) -> dict[str, list[tuple[object, ...]]]:
+    """Table -> its columns, as SQLite understands them."""
+    with closing(sqlite3.connect(path)) as db:
+        names = [row[0] for row in db.execute("select name from sqlite_master where type = 'table'")]
+        return {name: db.execute(f"pragma table_xinfo({name})").fetchall() for name in names}
+
+
+def rows(path: Path, *but: str) -> dict[str, list[tuple[object, ...]]]:
+    """Table -> its rows, of all tables but some."""
+    with closing(sqlite3.connect(path)) as db:
+        names = [row[0] for row in db.execute("select name from sqlite_master where type = 'table'") if row[0] not in but]
+        return {name: db.execute(f"select * from {name}").fetchall() for name in names}
+
+
+@pytest.mark.parametrize("schema", OLDER)
+def test_a_store_of_an_older_schema_is_copied_and_brought_up_to_date(tmp_path, schema):
+    path, said = older(schema, tmp_path / "store.db"), []
+    before = rows(path)
+    with pytest.raises(Rejected, match=f"got schema {schema} in .* rule schema {SCHEMA}; start the validator once"):
+        Store(path, read_only=True)
+    assert rows(path) == before, "who only reads changes nothing"
+    Store(path, say=lambda *words: said.append(words)).close()
+    backup = tmp_path / f"store.db.schema{schema}.bak"
+    assert said == [("store", f"schema {schema} is brought up to schema {SCHEMA}; as it was it is kept in {backup}")]
+    assert rows(backup) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["store.db", backup.name], "one file, and no part of it is left"
+    Store(tmp_path / "new.db").close()
+    assert tables(path) == tables(tmp_path / "new.db"), "what is migrated is what is made"
+    store = Store(path, say=lambda *words: said.append(words))
+    assert len(said) == 1, "once"
+    assert store.claims() == {"content": (20, "5Bob")}
+    assert store.publications() == ((7561, Weights(7560, {"ann": 1.0})),)
+    assert [r.block for r in store.open_rounds()] == [7920]
+    assert store.chain() == "0xabc netuid 29"
+    assert (store.tensor_digests(), store.imports(), store.rules_kept()) == ({}, {}, ())
+    assert store.unanswered(since=0, before=10) == ()
+    if schema > 2:
+        assert store.losses("content", "tokenizer", "p", ["s1", "s2"]) == {
+            "s1": Loss("s1", 1.5, 3, ""), "s2": Loss("s2", math.inf, 900, "too_long"),
+        }  # fmt: skip
+        assert [cell.imported for cell in store.each_loss()] == [0, 0]
+
+
+def test_a_round_of_schema_2_is_read_and_decides_the_same(tmp_path):
+    path = older(2, tmp_path / "store.db")
+    text = (VECTORS / "round_record_schema2_first.json").read_text()
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("insert into round values (7560, '{}', ?, '{\"ann\": 0.1, \"bob\": 0.9}')", (text,))
+    for store in (Store(path), Store(path)):
+        assert store.belong_to(Identity("0xabc", 474), 29) is None
+        assert store.weights() == {0: Weights(7560, {"ann": 0.1, "bob": 0.9})}
+        assert store.rounds()[0].record.weights == {0: Weights(7560, {"ann": 1.0})}
+        assert store.first_decided() == 7560
+        store.close()
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from sn29.store import Store
+
+path, old, before = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+count = 0
+
+def look(frame, event, what):
+    global count
+    if event == "c_call" and frame.f_code.co_filename.endswith(("store.py", "tempfile.py")):
+        count += 1
+        if count > before:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.setprofile(look)
+Store(path)
 """
 
 
-def test_a_store_of_schema_2_is_brought_up_to_date(tmp_path):
-    """A round's record of then is read too, and decides the same."""
-    path = tmp_path / "store.db"
-    text = (Path(__file__).parent / "vectors" / "round_record_schema2_first.json").read_text()
-    with sqlite3.connect(path) as db:
-        db.executescript(SCHEMA_2)
-        db.execute("insert into round values (7560, '{}', ?, '{\"ann\": 0.1, \"bob\": 0.9}')", (text,))
-    db.close()
-    with pytest.raises(Rejected, match="start the validator once"):
-        Store(path, read_only=True)
-    for store in (Store(path), Store(path)):
-        assert store.belong_to(Identity("0xabc", 474), 29) is None
-        assert store.claims() == {"content": (20, "5Bob")}
-        assert store.publications() == ((7561, Weights(7560, {"ann": 1.0})),)
-        assert store.weights() == {0: Weights(7560, {"ann": 0.1, "bob": 0.9})}
-        assert [r.block for r in store.open_rounds()] == [7920]
-        assert store.rounds()[0].record.weights == {0: Weights(7560, {"ann": 1.0})}
-        assert store.first_decided() == 7560
-        assert store.tensor_digests() == {}
-        store.close()
+@pytest.mark.parametrize("schema", [2, 5])
+def test_a_migration_that_is_killed_leaves_the_old_store_or_the_new_one(tmp_path, schema):
+    """At every call of SQLite and of the system that it makes, one process each; what is there then is migrated by the next."""
+    source = older(schema, tmp_path / "source.db")
+    old = rows(source)
+    Store(shutil.copy(source, tmp_path / "done.db")).close()
+    new = rows(tmp_path / "done.db")
+    seen: Counter[str] = Counter()
+    for calls in count():
+        folder = tmp_path / str(calls)
+        folder.mkdir()
+        path = Path(shutil.copy(source, folder / "store.db"))
+        if (pid := os.fork()) == 0:
+            sys.argv = ["", str(path), str(source), str(calls)]
+            exec(KILLED, {"__name__": "killed"})
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        found = rows(path)
+        assert found in (old, new), calls
+        seen["old" if found == old else "new"] += 1
+        backup = folder / f"store.db.schema{schema}.bak"
+        if backup.exists():
+            assert rows(backup) == old, calls
+            seen["backed up"] += 1
+        else:
+            assert found == old, "nothing is changed that was not copied"
+        Store(path).close()
+        assert rows(path) == new, calls
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+    assert seen["old"] > 20
+    assert seen["backed up"] > 10
+    assert seen["new"] > 0
 
 
-def test_a_store_of_schema_3_is_brought_up_to_date(store, tmp_path):
-    """It lacks three tables; all else is as it was."""
-    store.keep_losses("content", "tokenizer", "p", [Loss("s1", 1.5, 3, "")])
+@pytest.mark.parametrize(
+    ("schema", "got", "rule"),
+    [
+        (str(SCHEMA + 1), f"schema {SCHEMA + 1} in ", f"schema 2 to {SCHEMA}, of this software; start the one that wrote it"),
+        ("99", "schema 99 in ", f"schema 2 to {SCHEMA}, of this software; start the one that wrote it"),
+        ("1", "schema 1 in ", f"schema 2 to {SCHEMA}"),
+        ("six", "schema unknown in ", "a store of sn29"),
+    ],
+    ids=["next", "much newer", "too old", "no number"],
+)
+def test_a_file_of_a_newer_or_unknown_schema_is_refused_with_both_numbers(store, tmp_path, schema, got, rule):
     store.close()
     path = tmp_path / "state" / "store.db"
-    with sqlite3.connect(path) as db:
-        db.executescript("drop table repository; drop table content; drop table unanswered")
-        db.execute("update meta set value = '3' where key = 'schema'")
-    db.close()
-    with pytest.raises(Rejected, match="start the validator once"):
-        Store(path, read_only=True)
-    for store in (Store(path), Store(path, read_only=True)):
-        assert store.count_losses() == 1
-        assert store.tensor_digests() == {}
-        assert store.unanswered(since=0, before=10) == ()
-        store.close()
-
-
-def test_a_file_of_another_schema_is_refused_and_left_alone(store, tmp_path):
-    store.close()
-    path = tmp_path / "state" / "store.db"
-    with sqlite3.connect(path) as db:
-        db.execute("update meta set value = '99' where key = 'schema'")
-    with pytest.raises(Rejected, match="schema 99") as refused:
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("update meta set value = ? where key = 'schema'", (schema,))
+    before = path.read_bytes()
+    with pytest.raises(Rejected) as refused:
         Store(path)
-    assert refused.value.reason is Reason.SETTING
+    assert refused.value.got == f"{got}{path}"
+    assert refused.value.limit == rule
+    with pytest.raises(Rejected) as refused:
+        Store(path, read_only=True)
+    assert refused.value.got == f"{got}{path}"
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob("*.bak"))
+
+
+def test_a_file_that_is_no_store_is_left_alone(tmp_path):
+    other, text = tmp_path / "other.db", tmp_path / "text.db"
+    with closing(sqlite3.connect(other)) as db, db:
+        db.execute("create table recipe(name text)")
+    text.write_text("no database at all, but long enough to be read as one" * 100)
+    for path, complaint in ((other, "a store of sn29"), (text, "file is not a database")):
+        before = path.read_bytes()
+        with pytest.raises(Rejected, match=complaint):
+            Store(path)
+        assert path.read_bytes() == before
+
+
+def test_there_is_nothing_to_read_where_no_validator_has_run(tmp_path):
     with pytest.raises(Rejected, match="no store"):
         Store(tmp_path / "nowhere" / "store.db", read_only=True)
     assert not (tmp_path / "nowhere").exists()

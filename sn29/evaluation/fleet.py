@@ -262,7 +262,7 @@ class Fleet:
                 return await self._evaluate_at(place, job, deadline_s, memory_bytes, decide)
             except _Lost as error:
                 lost += error.is_the_jobs
-                self._say("evaluated again", f"{place.facts}: {error}")
+                self._say("evaluated_again", f"{place.facts}: {error}")
                 if lost == _TRIES:
                     why = f"{lost} workers failed with the same model, the last one: {error}"
                     raise Unavailable("fleet", why) from None
@@ -369,7 +369,7 @@ class Fleet:
             return str(error)
         place.ill = str(said.error()) if isinstance(said, Failure) else ""
         if place.ill:
-            self._say("worker rests", f"{place.facts}: {place.ill}")
+            self._say("worker_rests", f"{place.facts}: {place.ill}")
         else:
             await self._admit(place)
         self._count()
@@ -453,7 +453,7 @@ class Fleet:
             try:
                 nodes = [node for node in await self._in_ray(self._ray.nodes) if node["Alive"]]
             except self._ray.exceptions.RayError as error:
-                self._say("no cluster", shown(error))
+                self._say("no_cluster", shown(error))
                 break
             alive = {node["NodeID"] for node in nodes}
             self._places = [place for place in self._places if place.takes is not None or place.facts.node in alive]
@@ -476,7 +476,7 @@ class Fleet:
             facts = await self._ask(place, "facts", node["NodeID"], memory, within_s=_START_S)
         except (_Lost, self._ray.exceptions.RayTaskError) as error:
             await self._in_ray(functools.partial(self._ray.kill, place.actor, no_restart=True))
-            self._say("no worker", f"on {name}: {shown(error)}")
+            self._say("no_worker", f"on {name}: {shown(error)}")
             return
         place.facts = facts
         self._raylet = facts.parent
@@ -488,7 +488,7 @@ class Fleet:
         mine = versions()
         if other := [f"{name} {v} instead of {mine[name]}" for name, v in place.facts.versions.items() if v != mine[name]]:
             place.ill = f"it has other versions: {', '.join(other)}"
-            self._say("worker not used", f"{place.facts}: {place.ill}")
+            self._say("worker_not_used", f"{place.facts}: {place.ill}")
             return
         await asyncio.gather(*(self._choose_at(place, key) for key in self._chosen if key not in place.chosen))
         self._check_kind(place)
@@ -506,11 +506,11 @@ class Fleet:
         try:
             said = await self._ask(place, "choose", *key, within_s=_START_S + 300)
         except _Lost as error:
-            self._say("worker lost", f"{place.facts}: {error}")
+            self._say("worker_lost", f"{place.facts}: {error}")
             return
         if isinstance(said, Failure):
             place.ill = str(said.error())
-            self._say("worker rests", f"{place.facts}: {place.ill}")
+            self._say("worker_rests", f"{place.facts}: {place.ill}")
         else:
             place.chosen[key] = said
 
@@ -520,7 +520,7 @@ class Fleet:
             mine = place.chosen.get(key)
             if mine is not None and _kind(mine, place.facts) != _kind(chosen, replace(place.facts, processor=processor)):
                 place.ill = f"it is of another kind: {mine} {place.facts.processor}, the fleet {chosen} {processor}"
-                self._say("worker not used", f"{place.facts}: {place.ill}")
+                self._say("worker_not_used", f"{place.facts}: {place.ill}")
 
     # --- Ray itself
 

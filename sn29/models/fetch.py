@@ -166,7 +166,7 @@ def _fetch_file(download: _Download, file: RepoFile, part: Path) -> None:
             return
         part.unlink()
         wrong.append(found)
-        download.say("wrong bytes", f"{where}: {found} came instead of {file.oid}; thrown away")
+        download.say("wrong_bytes", f"{where}: {found} came instead of {file.oid}; thrown away")
     if wrong[0] != wrong[1]:
         raise Unavailable(where, f"other bytes came each time ({wrong[0]}, then {wrong[1]}): the line or our disk changes them")
     raise Rejected(Reason.CORRUPT, wrong[0], file.oid, where)
@@ -193,7 +193,7 @@ def _complete(download: _Download, file: RepoFile, part: Path) -> str:
             cuts = 0 if come >= _PROGRESS_BYTES else cuts + 1
             if cuts >= _CUTS_WITHOUT_PROGRESS:
                 raise error
-            download.say("download cut", f"{error}; goes on at byte {out.tell():,} of {file.size:,}")
+            download.say("download_cut", f"{error}; goes on at byte {out.tell():,} of {file.size:,}")
             download.pause(error.retry_s or min(_LONGEST_PAUSE_S, 0.25 * 2**cuts), error)
         if out.tell() != file.size:
             return f"{out.tell():,} of {file.size:,} bytes"

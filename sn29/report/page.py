@@ -84,7 +84,7 @@ def shown(record: RoundRecord) -> Record:
         "machine": dict(record.machine),
         "rules": {name: kept.file_sha256 for name, kept in record.competitions.items()},
         "no_competition": [asdict(outcome) for outcome in record.no_competition],
-        "competitions": {name: _shown_competition(name, kept) for name, kept in record.competitions.items()},
+        "competitions": {name: shown_competition(name, kept) for name, kept in record.competitions.items()},
         "weights": _shown_weights(record),
     }
 
@@ -97,7 +97,7 @@ def _shown_weights(record: RoundRecord) -> dict[str, float]:
     return {hotkey: math.fsum(row.get(hotkey, 0.0) for row in decided) / len(decided) for hotkey in hotkeys}
 
 
-def _shown_competition(name: str, kept: CompetitionRecord) -> Record:
+def shown_competition(name: str, kept: CompetitionRecord) -> Record:
     rule = competition_of(f"recorded {name}", name, {k: v for k, v in kept.parameters.items() if k != "name"}).scoring
     matrix = win_matrix(kept.losses, {m.hotkey: m.outcome.block for m in kept.models}, kept.window.seed.block, rule)
     losses = {}
@@ -180,7 +180,7 @@ class Standing:
         return math.fsum(self.nats) / math.log(2) / max(1, self.num_bytes)
 
 
-def _standings(part: Record) -> list[Standing]:
+def standings_of(part: Record) -> list[Standing]:
     """Best first: by weight, then wins, then loss."""
     outcomes = {o["hotkey"]: o for o in part["outcomes"] if o["status"] == "evaluated"}
     found = []
@@ -193,7 +193,7 @@ def _standings(part: Record) -> list[Standing]:
     return sorted(found, key=lambda s: (-s.score["weight"], -s.score["wins"], s.nats_per_sample, s.hotkey))
 
 
-def _holder(standings: Sequence[Standing]) -> Standing | None:
+def holder_of(standings: Sequence[Standing]) -> Standing | None:
     """Who holds the competition: most weight, and any at all."""
     return standings[0] if standings and standings[0].score["weight"] > 0 else None
 
@@ -201,28 +201,28 @@ def _holder(standings: Sequence[Standing]) -> Standing | None:
 def _competition(name: str, rounds: Sequence[Record], cast: Cast, unigram: float | None) -> str:
     newest = rounds[-1]
     part = newest["competitions"][name]
-    standings = _standings(part)
-    holder = _holder(standings)
+    standings = standings_of(part)
+    holder = holder_of(standings)
     held = f"held by {text(cast.labels[holder.hotkey])}" if holder else "held by nobody"
     lines = [
         f'<section id="c-{text(name)}">',
         f"<h2>Competition {text(name)} <small>{held}</small></h2>",
-        _standings_table(newest, part, standings, cast, unigram),
-        _duels(part, standings, cast),
+        standings_table(newest, part, standings, cast, unigram),
+        duels(part, standings, cast),
     ]
     for earlier in reversed(rounds[:-1]):
         before = earlier["competitions"][name]
-        table = _standings_table(earlier, before, _standings(before), cast, None)
+        table = standings_table(earlier, before, standings_of(before), cast, None)
         lines.append(f"<details><summary>Standings of the round of block {earlier['block']:,}</summary>{table}</details>")
     return "\n".join([*lines, "</section>"])
 
 
-def _standings_table(record: Record, part: Record, standings: Sequence[Standing], cast: Cast, unigram: float | None) -> str:
+def standings_table(record: Record, part: Record, standings: Sequence[Standing], cast: Cast, unigram: float | None) -> str:
     num_samples, num_bytes = len(part["samples"]), sum(s["bytes"] for s in part["samples"])
-    rows = [_standing_row(s, cast, num_samples, first=s is _holder(standings)) for s in standings]
+    rows = [_standing_row(s, cast, num_samples, first=s is holder_of(standings)) for s in standings]
     for o in sorted(part["outcomes"], key=lambda o: cast.labels[o["hotkey"]]):
         if o["status"] != "evaluated":
-            said = f"<b>{text(o['status'])}</b> {text(_said(o, cast))}"
+            said = f"<b>{text(o['status'])}</b> {text(said_of(o, cast))}"
             rows.append(markup.row(cast.html(o["hotkey"]), f'<td class="why" colspan="6"><span>{said}</span></td>'))
     foot = ""
     if unigram is not None:
@@ -255,7 +255,7 @@ def _standing_row(s: Standing, cast: Cast, num_samples: int, *, first: bool) -> 
     return markup.row(cast.html(s.hotkey), cells, kind="first" if first else "")
 
 
-def _duels(part: Record, standings: Sequence[Standing], cast: Cast) -> str:
+def duels(part: Record, standings: Sequence[Standing], cast: Cast) -> str:
     """Win matrix and loss by sample, side by side."""
     if len(standings) < 2:
         return '<p class="note">Fewer than two models were evaluated: there is nobody to compare.</p>'
@@ -339,7 +339,7 @@ def _summary(records: Sequence[Record], published: Mapping[str, float], cast: Ca
     ) + (f"; {waiting} could not be looked at or had to wait." if waiting else ".")
     crowns = []
     for name in sorted(newest["competitions"]):
-        holder = _holder(_standings(newest["competitions"][name]))
+        holder = holder_of(standings_of(newest["competitions"][name]))
         if holder is None:
             crowns.append(f"<li>{text(name)}: nobody won anything.</li>")
             continue
@@ -431,14 +431,14 @@ def _refusals(records: Sequence[Record], cast: Cast) -> str:
     for record in records:
         for o in _outcomes(record):
             if o["status"] != "evaluated":
-                blocks.setdefault((o["hotkey"], o["competition"], o["reason"], _said(o, cast)), []).append(record["block"])
+                blocks.setdefault((o["hotkey"], o["competition"], o["reason"], said_of(o, cast)), []).append(record["block"])
     if not blocks:
         return '<section id="refusals"><h2>Refusals</h2><p class="note">Nobody was refused.</p></section>'
     rows = []
     for (hotkey, competition, reason, said), seen in sorted(blocks.items(), key=lambda kv: (cast.labels[kv[0][0]], kv[1])):
         blocks_seen = markup.listed([f"{block:,}" for block in seen])
         cells = f'<td>{text(competition) or "–"}</td><td class="why"><b>{text(reason)}</b> {text(said)}</td>'
-        rows.append(markup.row(cast.html(hotkey), f'{cells}<td class="why">{_advice(reason)}</td><td>{blocks_seen}</td>'))
+        rows.append(markup.row(cast.html(hotkey), f'{cells}<td class="why">{advice(reason)}</td><td>{blocks_seen}</td>'))
     head = markup.header("Miner", "Competition", "Reason", "What to do", "Rounds of block")
     return f'<section id="refusals"><h2>Refusals</h2>{markup.table("Who was not evaluated, and why", head, rows)}</section>'
 
@@ -477,7 +477,7 @@ def _competitions(records: Sequence[Record]) -> list[str]:
     return sorted({name for record in records for name in record["competitions"]})
 
 
-def _said(outcome: Mapping[str, Any], cast: Cast) -> str:
+def said_of(outcome: Mapping[str, Any], cast: Cast) -> str:
     """The outcome's sentence with both values. Its own hotkey is in the row already; others are called by their names."""
     said = str(outcome["detail"] or outcome["reason"]).removeprefix(f"{outcome['hotkey']}: ")
     for hotkey, label in cast.labels.items():
@@ -485,7 +485,7 @@ def _said(outcome: Mapping[str, Any], cast: Cast) -> str:
     return said
 
 
-def _advice(reason: str) -> str:
+def advice(reason: str) -> str:
     """As HTML; what stands between backquotes is a command."""
     known = {r.code: r.advice for r in Reason}
     return re.sub("`([^`]+)`", r"<code>\1</code>", text(known.get(reason) or _ADVICE.get(reason, "")))

@@ -90,7 +90,7 @@ def win_matrix(
 
 def differences(lines: Sequence[Line], holder: str, alt: str) -> str:
     """Each model's loss less the holder's, sample by sample, sorted; x is the share of samples, 0 to 100."""
-    ends = max(len(line.label) for line in lines) * _CHARACTER + 14
+    ends = max(len(line.label) for line in lines) * _CHARACTER + 22
     with _figure(WIDTH, 260) as figure:
         axes = _axes(figure, 48, 40, WIDTH - 48 - ends, 206)
         _grid(axes)
@@ -166,7 +166,10 @@ def gaps(rows: Sequence[tuple[str, float, tuple[float, float] | None, tuple[floa
                 axes.plot(wide, (at, at), color=colour, linewidth=7, alpha=0.3, solid_capstyle="butt")
             axes.plot(narrow, (at, at), color=colour, linewidth=3, solid_capstyle="butt")
             axes.plot([value], [at], "o", color=colour, markersize=7, markeredgewidth=0)
-            axes.text(0, row + 0.22, label, color=_INK, fontsize=11, va="center", transform=axes.get_yaxis_transform())
+            behind = {"facecolor": ROLES["paper"][0], "linewidth": 0, "pad": 1.5}  # the line at 0 does not cross the name
+            axes.text(
+                0, row + 0.22, label, color=_INK, fontsize=11, va="center", transform=axes.get_yaxis_transform(), bbox=behind
+            )
             shown = f"{value:+.2f} %".replace("-", "−")
             axes.text(1.01, at, shown, color=_INK, fontsize=11, va="center", transform=axes.get_yaxis_transform())
         return _svg(figure, "gaps", alt)
@@ -219,6 +222,40 @@ def weights(names: Sequence[tuple[str, int]], panels: Sequence[tuple[str, Sequen
                 shown, ink = (f"{value:.3f}", _INK) if value else ("0", _MUTED)
                 axes.text(start + value * scale + 5, middle, shown, color=ink, fontsize=11, va="center_baseline")
         return _svg(figure, "weights", alt, wide=width > WIDTH)
+
+
+def history(lines: Sequence[Line], crowns: Sequence[tuple[float, int | None]], alt: str) -> str:
+    """Weights, 0 to 1, against blocks; above them a band that has the colour of who held the crown: (block, colour or None)."""
+    ends = max([len(line.label) for line in lines] or [0]) * _CHARACTER + 16
+    first, last = crowns[0][0], crowns[-1][0]
+    step = (last - first) / max(1, len(crowns) - 1) or 1.0
+    length = last + step - first  # the newest round is as long as the others
+    with _figure(WIDTH, 300) as figure:
+        axes = _axes(figure, 40, 40, WIDTH - 40 - ends, 184)
+        band = _axes(figure, 40, 266, WIDTH - 40 - ends, 10)
+        _grid(axes)
+        for line in lines:
+            marker = "o" if len(line.x) < 12 else ""
+            axes.plot(line.x, line.y, color=_miner(line.colour), linewidth=2, marker=marker, markersize=4, clip_on=False)
+        axes.set_xlim(first, first + length)
+        axes.set_ylim(0, 1)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
+        axes.set_xticks([first, last] if last > first else [first], [f"block {first:,.0f}", f"{last:,.0f}"][: 1 + (last > first)])
+        axes.get_xticklabels()[0].set_horizontalalignment("left")
+        if last > first:
+            axes.get_xticklabels()[1].set_horizontalalignment("center")
+        axes.text(0, 1.05, "weight, %", transform=axes.transAxes, ha="left", va="bottom", fontsize=11, color=_MUTED)
+        band.set_axis_off()
+        band.set_xlim(first, first + length)
+        band.set_ylim(0, 1)
+        ends_at = [*(block for block, _ in crowns[1:]), first + length]
+        for (block, colour), end in zip(crowns, ends_at, strict=True):
+            if colour is not None and end > block:
+                band.add_patch(Rectangle((block, 0), end - block, 1, facecolor=_miner(colour), linewidth=0))
+        band.text(0, 1.5, "who held the crown", transform=band.transAxes, va="bottom", fontsize=11, color=_MUTED)
+        if lines:
+            _label_ends(axes, [Line(n.label, n.colour, [x - first for x in n.x], n.y) for n in lines], across=length)
+        return _svg(figure, "history", alt)
 
 
 def lengths(names: Sequence[str], documents: Sequence[float], tokens: Sequence[float], alt: str) -> str:
@@ -410,13 +447,14 @@ def _cell(axes: Axes, x: float, y: float, side: float, cell: tuple[int, int] | N
     axes.text(x + side / 2, y + side / 2 + 15, f"{plain}", color=_INK, ha="center", va="baseline", fontsize=10.5)
 
 
-def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
-    """Names right of the picture, moved apart, each tied to the end of its line by a thin stroke."""
+def _label_ends(axes: Axes, lines: Sequence[Line], across: float = 0.0) -> None:
+    """Names right of the picture, moved apart, each tied to the end of its line by a thin stroke. across: where the picture ends,
+    unless it begins at 0."""
     low, high = axes.get_ylim()
     box = axes.get_window_extent()
     ends = [(line.y[-1] - low) / (high - low) * box.height for line in lines]
     for line, end, place in zip(lines, ends, spread(ends, 15, 4, box.height - 4), strict=True):
-        x = line.x[-1] / axes.get_xlim()[1] * box.width
+        x = line.x[-1] / (across or axes.get_xlim()[1]) * box.width
         axes.plot(
             [x / box.width, 1, 1 + 11 / box.width], [end / box.height, end / box.height, place / box.height],
             color=_miner(line.colour), linewidth=1, alpha=0.55, transform=axes.transAxes, clip_on=False,

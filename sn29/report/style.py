@@ -12,6 +12,8 @@ ROLES: Mapping[str, tuple[str, str]] = {
     "rule": ("#dcdedf", "#343a41"),
     "more": ("#2a6fb5", "#5aa5ee"),
     "less": ("#c4651c", "#e8924c"),
+    "bad": ("#b3261e", "#ff9a8d"),
+    "good": ("#1b7a4a", "#5cc694"),
 }
 """Name of a CSS variable -> its colour on light and on dark. Each light one is unique: pictures are recoloured by it."""
 
@@ -90,6 +92,65 @@ figure:has(svg.wide){grid-column:1/-1}
 figcaption{margin-top:.5rem}
 details{margin:1rem 0}
 summary{cursor:pointer;color:var(--muted);font-size:.9375rem}
+.skip{position:absolute;left:-99rem}
+.skip:focus{position:static;display:inline-block;margin-bottom:1rem}
+:focus-visible{outline:2px solid var(--more);outline-offset:2px;border-radius:3px}
+.top{display:flex;flex-wrap:wrap;gap:.25rem 1.5rem;align-items:baseline;justify-content:space-between;
+ padding-bottom:.75rem;border-bottom:1px solid var(--rule);margin-bottom:1.75rem}
+.top .brand{font-weight:650;text-decoration:none;white-space:nowrap}
+.top nav{margin:0;display:flex;flex-wrap:wrap;gap:.25rem 1.1rem}
+.top nav a{margin:0;padding:.2rem 0;text-decoration:none;color:var(--muted)}
+.top nav a:hover{text-decoration:underline}
+.top nav a[aria-current]{color:var(--ink);font-weight:600;box-shadow:0 2px 0 var(--ink)}
+.key{overflow-wrap:anywhere;font-size:.8125rem}
+.state{display:inline-flex;align-items:center;gap:.5rem;font-weight:600}
+.state::before{content:"";width:.6rem;height:.6rem;border-radius:50%;background:currentColor}
+.good{color:var(--good)}.bad{color:var(--bad)}.warn{color:var(--less)}
+.alarms{list-style:none;padding:0;margin:1rem 0;display:grid;gap:.6rem}
+.alarms li{border-left:4px solid var(--less);background:var(--panel);padding:.7rem 1rem;border-radius:0 6px 6px 0}
+.alarms li.critical{border-color:var(--bad)}
+.alarms b{display:block}
+.alarms p{margin:.15rem 0 0;color:var(--muted);font-size:.9375rem;max-width:none}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,10.4rem),1fr));gap:.75rem;margin:1.25rem 0}
+.tiles>div{background:var(--panel);border-radius:8px;padding:.8rem 1rem;min-width:0}
+.tiles dt{color:var(--muted);font-size:.8125rem}
+.tiles dd{margin:.1rem 0 0;font-size:1.25rem;font-weight:600;line-height:1.3;font-variant-numeric:tabular-nums;
+ overflow-wrap:anywhere}
+.tiles small{display:block;font-size:.8125rem;font-weight:400;color:var(--muted);line-height:1.45}
+.work{background:var(--panel);border-radius:8px;padding:1rem 1.1rem 1.1rem;margin:1.25rem 0}
+.work>p{margin:0;max-width:none}
+.work .big{font-size:1.25rem;font-weight:600;line-height:1.3}
+.work .more{display:flex;flex-wrap:wrap;justify-content:space-between;gap:.1rem 1rem;color:var(--muted);font-size:.875rem;
+ min-height:1.4em;overflow-wrap:anywhere}
+progress{appearance:none;-webkit-appearance:none;display:block;width:100%;height:.6rem;border:0;border-radius:99px;
+ background:var(--rule);overflow:hidden;margin:.7rem 0 .5rem;color:var(--more)}
+progress::-webkit-progress-bar{background:var(--rule)}
+progress::-webkit-progress-value{background:var(--more);border-radius:99px}
+progress::-moz-progress-bar{background:var(--more);border-radius:99px}
+.stages{list-style:none;display:flex;flex-wrap:wrap;gap:.3rem;padding:0;margin:.9rem 0 0;font-size:.8125rem}
+.stages li{flex:1 1 4.5rem;text-align:center;color:var(--muted);border-top:3px solid var(--rule);padding:.3rem .2rem 0}
+.stages li.past{border-color:var(--more)}
+.stages li[aria-current]{border-color:var(--more);color:var(--ink);font-weight:650}
+.facts{display:grid;grid-template-columns:minmax(8rem,auto) 1fr;gap:.35rem 1.25rem;margin:1rem 0;font-size:.9375rem}
+.facts dt{color:var(--muted)}
+.facts dd{margin:0;overflow-wrap:anywhere}
+.line{list-style:none;padding:0 0 0 1.25rem;margin:1rem 0 1rem .3rem;border-left:2px solid var(--rule)}
+.line li{position:relative;margin:0 0 1.1rem}
+.line li::before{content:"";position:absolute;left:-1.63rem;top:.45rem;width:.65rem;height:.65rem;border-radius:50%;
+ background:var(--muted);box-shadow:0 0 0 3px var(--paper)}
+.line li.evaluated::before{background:var(--good)}.line li.rejected::before{background:var(--bad)}
+.line p{margin:.1rem 0;font-size:.9375rem;max-width:46rem;overflow-wrap:anywhere}
+.line .note{font-size:.875rem}
+pre{background:var(--panel);border-radius:8px;padding:.8rem 1rem;margin:.75rem 0;white-space:pre-wrap;overflow-wrap:anywhere;
+ user-select:all;-webkit-user-select:all}
+pre code{font-size:.875rem}
+table time,.who,.crown,.event{white-space:nowrap}
+footer{margin-top:3.5rem;padding-top:1rem;border-top:1px solid var(--rule);color:var(--muted);font-size:.8125rem;
+ overflow-wrap:anywhere}
+.page{margin-top:4rem}
+@media(prefers-reduced-motion:no-preference){progress::-webkit-progress-value{transition:width .4s}}
+@media(max-width:34rem){.why,.first .why{min-width:12.4rem}.facts{grid-template-columns:1fr;gap:0}.facts dd{margin-bottom:.6rem}
+ .stages li{flex-basis:28%}.tiles{grid-template-columns:1fr 1fr}}
 @media(max-width:34rem){body{padding:1.5rem 1rem 3rem}h2{margin-top:2.5rem}table{font-size:.875rem}
  caption span{max-width:calc(100vw - 2rem)}td[colspan] span{max-width:calc(100vw - 9rem)}}
 @media print{body{max-width:none}details{display:block}}

@@ -143,7 +143,7 @@ def test_a_killed_workers_job_is_done_by_another_and_no_other_job_twice(make_che
     begun, ended = ([line["samples"] for line in noted(log, what)] for what in ("begin", "end"))
     assert sorted(begun) == sorted([each.losses[0].sample for each in found] + killed)  # only the lost one twice
     assert sorted(ended) == sorted(each.losses[0].sample for each in found)
-    assert [event for event, _ in events] == ["evaluated again"]
+    assert [event for event, _ in events] == ["evaluated_again"]
     assert len({line["pid"] for line in noted(log, "begin")}) >= 2
     assert len(ours) >= 6  # Ray's own, workers, fork servers
     assert "hf_secret" not in json.dumps(list(ours.values())) + json.dumps(noted(log, "born"))

@@ -19,7 +19,7 @@ from sn29.report import pictures
 from sn29.report.page import shown, write_page
 from sn29.report.style import variables
 
-VOID = {"meta", "br", "path", "use", "rect"}  # SVG's paths close themselves
+VOID = {"meta", "link", "br", "path", "use", "rect"}  # SVG's paths close themselves
 HOSTILE = "</td><script>alert(1)</script> \"onload='x' \u202e\x00\ud800"
 ALICE, BOB, CAROL, DAVE, EVE, NOBODY = (f"5{name:e<46}z" for name in ("Alice", "Bob", "Carol", "Dave", "Eve", "Nobody"))
 NAMES = {ALICE: "alice", BOB: "bob", CAROL: "carol", DAVE: "da$ve$ <b>", EVE: "eve"}

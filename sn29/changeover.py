@@ -1,0 +1,143 @@
+"""New rules take effect at the first round block after they were seen: inside a window nobody changes what it is judged by.
+
+    rules            the competition files, and the software that moves a loss or a weight
+    note             keeps in the store what a validator has now, with the block from which on it holds
+    due              what the round that is due is judged by: what holds at its block. Older files are in the store, and used for
+                     it; other software cannot judge it, and says from which block on it judges
+
+Validators that get new rules inside one window, sooner or later, restarted or not, so change at the same block. One that was
+away for longer than a window judges the open one by what it has now: the others had it earlier. What everybody should change
+at a block that is further off stands in the files themselves: see `rules.schedule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from sn29.errors import Rejected
+from sn29.evaluation import profile
+from sn29.examination import Rules
+from sn29.rules import RULES_VERSION
+from sn29.rules.selection import next_round
+from sn29.store import RulesKept, Store
+from sn29.telemetry import tell, warn
+
+Parse = Callable[[Mapping[str, str]], Rules]
+"""The rules that competition files say, given by name. Raises Rejected(COMPETITION_FILE)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """What the round that is due is judged by."""
+
+    rules: Rules
+    since: int
+    """They judge no round of an earlier block,"""
+    last: int | None
+    """and none of a later one; None: there are no other ones yet."""
+
+
+def software() -> dict[str, str]:
+    """Name -> version of what decides the bits of a loss, and what is made of it."""
+    libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    return {"rules": str(RULES_VERSION), "engine": str(profile.VERSION), **libraries}
+
+
+def note(store: Store, block: int, texts: Mapping[str, str], running: Mapping[str, str], parse: Parse) -> None:
+    """Notes what a validator has at a final block: its files, and the software that is running."""
+    now, kept = RulesKept(0, texts, running), store.rules_kept()
+    if not kept:
+        hashes = dict(parse(texts).hashes)
+        began_otherwise = any(one.plan.get("rules", hashes) != hashes for one in store.open_rounds())  # by an older sn29
+        store.keep_rules(RulesKept(_next(parse(texts), block) if began_otherwise else 0, texts, running))
+        return
+    standing = max((one for one in kept if one.since <= block), key=lambda one: one.since, default=kept[0])
+    if _same(kept[-1], now):
+        return
+    if _same(standing, now):
+        store.keep_rules(standing)
+        tell("rules", "the rules of before are back; what was noted for a later block never took effect")
+        return
+    before = _parsed(standing, parse) or parse(texts)
+    since = _next(before, block) if _was_here(store, before, block) else _newest(before, block)
+    store.keep_rules(RulesKept(since, texts, running))
+    what = "; ".join(differences(standing, now))
+    tell("rules", f"new rules ({what}) take effect from block {since} on: earlier rounds are judged as before", block=since)
+
+
+def due(store: Store, block: int, running: Mapping[str, str], catch_up: int, parse: Parse, said: set[int]) -> Due | None:
+    """What the round that is due at a final block is judged by, or the next one if none is; None while this software must not
+    judge it.
+
+    said: the blocks of which that was told.
+    """
+    kept = store.rules_kept()
+    for one, following in zip(kept, (*kept[1:], None), strict=True):
+        if following is None:
+            return Due(parse(one.texts), one.since, None)
+        rules, last = _parsed(one, parse), following.since - 1
+        after = max(store.last_finished() or 0, one.since - 1) or None
+        found = next_round(_lengths(rules), min(block, last), after, catch_up) if rules is not None else None
+        if rules is not None and found is None and block > last:
+            continue
+        if rules is not None and one.software == running:
+            return Due(rules, one.since, last)
+        if block > last:
+            continue  # nobody waits for a round that this software cannot judge
+        if found is not None and one.since not in said:
+            said.add(one.since)
+            what = "; ".join(differences(one, following))
+            why = f"the window that is open was begun with other rules ({what})"
+            how = f"this software judges from block {following.since} on; until then the weights that stand are set again"
+            warn("rules_wait", f"{why}: {how}. To finish the window start the former software", block=following.since)
+        return None
+    return None
+
+
+def differences(old: RulesKept, new: RulesKept) -> list[str]:
+    """What became different, each with both values."""
+    names = sorted({*old.texts, *new.texts})
+    files = [f"{n} {_how(old.texts.get(n), new.texts.get(n))}" for n in names if old.texts.get(n) != new.texts.get(n)]
+    words = sorted({*old.software, *new.software})
+    versions = [(n, old.software.get(n, "-"), new.software.get(n, "-")) for n in words]
+    return [*(f"{name} {before} -> {after}" for name, before, after in versions if before != after), *files]
+
+
+def _how(before: str | None, after: str | None) -> str:
+    return "is new" if before is None else "is gone" if after is None else "has another text"
+
+
+def _same(one: RulesKept, other: RulesKept) -> bool:
+    return dict(one.texts) == dict(other.texts) and dict(one.software) == dict(other.software)
+
+
+def _parsed(kept: RulesKept, parse: Parse) -> Rules | None:
+    """None: files of a former software that this one does not read."""
+    try:
+        return parse(kept.texts)
+    except Rejected:
+        return None
+
+
+def _lengths(rules: Rules) -> dict[str, int]:
+    """Blocks of a window, by competition; the same at every block."""
+    return {name: rules.at(name, 0).samples.window_blocks for name in rules.files}
+
+
+def _was_here(store: Store, rules: Rules, block: int) -> bool:
+    """Whether this validator was at work in the window that is open, or in the one before: then it may have begun with it."""
+    opened, seen = _newest(rules, block), store.chain_seen()
+    rounds = [store.last_finished() or 0, *(one.block for one in store.open_rounds())]
+    return max(rounds) >= opened or (seen is not None and seen.block >= opened - min(_lengths(rules).values()))
+
+
+def _newest(rules: Rules, block: int) -> int:
+    """The block of the newest round at this block."""
+    return max(block // length * length for length in _lengths(rules).values())
+
+
+def _next(rules: Rules, block: int) -> int:
+    """The next round's block after this one."""
+    return min((block // length + 1) * length for length in _lengths(rules).values())

@@ -1,0 +1,125 @@
+"""`sn29 report`: pages about what a validator does and what rounds decided, as one file or served live."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sn29.errors import Reason, Rejected, Unavailable
+from sn29.settings import ReportSettings, default_cache, read
+
+if TYPE_CHECKING:
+    from sn29.report.snapshot import Reader
+    from sn29.rules.schedule import CompetitionFile
+
+
+def report(words: list[str]) -> int:
+    """Exit status 0 when it was written, or stopped by a signal."""
+    settings = read(ReportSettings, words)
+    asked = [
+        name for name, given in (("--out", settings.out), ("--serve", settings.serve), ("--json", settings.json_output)) if given
+    ]
+    if len(asked) != 1:
+        raise Rejected(Reason.SETTING, " and ".join(asked) or "none of them", "one of --out FILE, --serve HOST:PORT and --json")
+    reader = _reader(settings)
+    if settings.serve:
+        return _serve(settings, reader)
+    from sn29.report import site
+
+    snapshot = reader.read()
+    for alarm in snapshot.alarms:
+        print(f"sn29 report: {alarm.level}: {alarm.sentence}", file=sys.stderr)
+    if settings.json_output:
+        print(json.dumps(site.everything(snapshot), indent=2, sort_keys=True, allow_nan=False))
+    else:
+        assert settings.out is not None
+        _write(settings.out, site.whole(snapshot))
+        what = f"{len(snapshot.rounds)} rounds, {len(snapshot.hotkeys)} miners, {settings.out.stat().st_size:,} bytes"
+        print(f"{settings.out}: {what}")
+    return 0
+
+
+def _reader(settings: ReportSettings) -> Reader:
+    """Raises Rejected(SETTING) where there is nothing to show."""
+    from sn29 import record_files
+    from sn29.report.snapshot import Reader
+
+    rules = _rules(settings)
+    if settings.records:
+        record_files.paths(settings.records)
+        return Reader(None, settings.records, rules, settings.rounds)
+    if not settings.state_dir.is_dir():
+        wanted = "the state folder of a validator that has run, or round records"
+        raise Rejected(Reason.SETTING, f"no folder {settings.state_dir}", wanted, "--state.dir")
+    return Reader(settings.state_dir, (), rules, settings.rounds, settings.weights_alarm_epochs)
+
+
+def _rules(settings: ReportSettings) -> Callable[[], Mapping[str, CompetitionFile]]:
+    """Reads the competition files, and parses them when they have changed. A folder that was not asked for may be missing."""
+    kept: dict[str, str] = {}
+    files: dict[str, CompetitionFile] = {}
+
+    def read_again() -> Mapping[str, CompetitionFile]:
+        from neurons.adapters import parse_texts, read_git_texts, read_texts
+
+        nonlocal kept, files
+        asked = "competitions_dir" in settings.model_fields_set
+        if settings.competitions_git:
+            texts = kept or read_git_texts(settings.competitions_git, default_cache() / "competitions.git")
+        elif not asked and not settings.competitions_dir.is_dir():
+            return {}
+        else:
+            texts = read_texts(settings.competitions_dir)
+        if texts != kept:
+            files = dict(parse_texts(texts).files)
+            kept = texts
+        return files
+
+    return read_again
+
+
+def _write(path: Path, page: str) -> None:
+    """Whole or not at all. Raises Unavailable."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, part = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
+        try:
+            with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
+                file.write(page)
+            os.chmod(part, 0o644)
+            os.replace(part, path)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise Unavailable(str(path), error.strerror or str(error)) from None
+
+
+def _serve(settings: ReportSettings, reader: Reader) -> int:
+    """Until a signal comes, or the parent has ended."""
+    from sn29.report.server import Pages, Server, address_of
+
+    over = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: over.set())
+
+    def say(sentence: str) -> None:
+        print(f"sn29 report: {sentence}", file=sys.stderr, flush=True)
+
+    with Server(*address_of(settings.serve), Pages(reader), say) as server:
+        serving = threading.Thread(target=server.serve_forever, daemon=True)
+        serving.start()
+        print(f"up: {server.url}; metrics at {server.url}metrics, Ctrl-C stops it", flush=True)
+        while not over.wait(1.0):
+            if settings.parent and os.getppid() != settings.parent:
+                break
+        server.shutdown()
+        serving.join()
+    return 0

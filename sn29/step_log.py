@@ -1,0 +1,97 @@
+"""A round as the step log that operators of this subnet have sent to Weights & Biases since 2024, field by field.
+
+Names are theirs; models are by uid. `original_format_json` is the whole of it as one text, as before. What no record has is left
+out: intermediate_size, and the pages of the data set, in whose place stand the ids of the samples. Losses are nats.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sn29.round_record import CompetitionRecord, ModelRecord, RoundRecord
+from sn29.rules.competition import competition_of
+from sn29.rules.scoring import win_matrix
+
+
+def step_log(record: RoundRecord, uids: Mapping[str, int], *, now: float, step_s: float) -> dict[str, Any]:
+    """What is logged of a round. uids: of the hotkeys that are registered; whoever is not has no place in it.
+
+    now: seconds since 1970; step_s: seconds that the round took.
+    """
+    uid_data: dict[str, Any] = {}
+    for name, kept in sorted(record.competitions.items()):
+        uid_data |= _models(name, kept, record.weights_of(name), uids)
+    step = {
+        "timestamp": now,
+        "block": record.head.block,
+        "uids": sorted(map(int, uid_data)),
+        "competitions": sorted(record.competitions),
+        "competition_info": {name: _info(kept) for name, kept in sorted(record.competitions.items())},
+        "step_time": step_s,
+        "uid_data": uid_data,
+    }
+    return {
+        "time": now,
+        "block": record.head.block,
+        "step_time": step_s,
+        "uid_data": {uid: row["loss_sum_avg"] for uid, row in uid_data.items()},
+        "weight_data": {uid: row["weight"] for uid, row in uid_data.items()},
+        "original_format_json": json.dumps(step, allow_nan=False),
+    }
+
+
+def _info(kept: CompetitionRecord) -> dict[str, Any]:
+    lengths, ids = [s.num_bytes for s in kept.samples], [s.id for s in kept.samples]
+    return {"n_samples": len(ids), "sample_lengths": lengths, "samples": ids}
+
+
+def _models(name: str, kept: CompetitionRecord, weights: Mapping[str, float], uids: Mapping[str, int]) -> dict[str, Any]:
+    """uid as text -> everything about one evaluated model."""
+    rule = competition_of(f"recorded {name}", name, {k: v for k, v in kept.parameters.items() if k != "name"}).scoring
+    matrix = win_matrix(kept.losses, {m.hotkey: m.outcome.block for m in kept.models}, kept.window.seed.block, rule)
+    wins = dict(zip(matrix.hotkeys, matrix.wins_with_advantage, strict=True))
+    scores = {s.hotkey: s for s in kept.scores}
+    rows = {}
+    for model in (m for m in kept.models if m.evaluated and m.hotkey in uids):
+        against = {str(uids[h]): won for h, won in zip(matrix.hotkeys, wins[model.hotkey], strict=True) if h in uids}
+        rows[str(uids[model.hotkey])] = {
+            "uid": uids[model.hotkey], "hotkey": model.hotkey, "label": model.outcome.model, "competition": name,
+            "block": model.outcome.block, **_size(model), **_losses(model, [s.num_bytes for s in kept.samples]),
+            "win_matrix_row": against, "win_total": sum(against.values()), "weight": weights.get(model.hotkey, 0.0),
+        }  # fmt: skip
+        if (score := scores.get(model.hotkey)) is not None:
+            rows[str(uids[model.hotkey])] |= {
+                "adv_factor": 100 * (1 - score.advantage), "win_rate": score.win_rate,
+                "win_abs_rate": score.win_rate_without_advantage,
+            }  # fmt: skip
+    return rows
+
+
+def _size(model: ModelRecord) -> dict[str, Any]:
+    facts = model.facts
+    if facts is None:
+        return {}
+    return {
+        "n_parameters": facts.num_parameters, "n_layers": facts.num_layers, "hidden_size": facts.hidden_size,
+        "embed_size": facts.vocab_size,
+    }  # fmt: skip
+
+
+def _losses(model: ModelRecord, num_bytes: Sequence[int]) -> dict[str, Any]:
+    """Sums are of a sample, pt is per token by the model's mean tokens of a sample; an infinite loss is null and in no mean."""
+    finite = [loss for loss in model.losses if loss < math.inf]
+    tokens = model.num_tokens / len(finite) if finite else 0.0
+    mean = sum(finite) / len(finite) if finite else None
+    std = math.sqrt(sum((loss - mean) ** 2 for loss in finite) / len(finite)) if mean is not None else None
+    per_token = 1 / tokens if tokens else None
+    return {
+        "losses": [loss if loss < math.inf else None for loss in model.losses],
+        "n_samples": len(model.losses), "n_inf": len(model.losses) - len(finite),
+        "avg_sample_len": sum(num_bytes[: len(model.losses)]) / max(1, len(model.losses)),
+        "loss_sum_avg": mean, "loss_sum_std": std,
+        "loss_pt_avg": mean * per_token if mean is not None and per_token else None,
+        "loss_pt_std": std * per_token if std is not None and per_token else None,
+    }  # fmt: skip

@@ -1,0 +1,263 @@
+"""The pages as text: read with html.parser, as a browser reads them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from recorded import WINDOW, c00_text
+from test_page import Page
+from watched import ALICE, BOB, CAROL, DAVE, EVE, FIRST, HOSTILE, VALIDATOR, ZED, Watched, telling, watched
+
+from sn29 import cli, telemetry
+from sn29.report import pages
+from sn29.report.site import Site, answer_json, everything, link, parsed, whole
+from sn29.report.snapshot import Reader, Snapshot
+from sn29.round_record import decode
+from sn29.rules.schedule import CompetitionFile, parse_file
+
+CHANGES = f"""
+grace_blocks: 50400
+changes:
+  - at: {FIRST + 40_000}
+    ramp: {{limits.parameters: {{from: 6.9e9, to: 3.9e9, over_blocks: 201600, step: 0.25e9}}}}
+"""
+
+
+def rules() -> dict[str, CompetitionFile]:
+    return {"c00": parse_file("c00", c00_text("champion") + CHANGES)}
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    return watched(tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture(scope="module")
+def snapshot(state: Watched) -> Iterator[Snapshot]:
+    with telling(state):
+        yield Reader(state.folder, rules=rules).read()
+
+
+@pytest.fixture(scope="module")
+def site() -> Site:
+    return Site()
+
+
+def read(site: Site, snapshot: Snapshot, path: str) -> Page:
+    source = site.answer(snapshot, path)
+    assert source is not None
+    page = Page(source)
+    assert page.badly_closed == []
+    assert page.open == []
+    return page
+
+
+def links(page: Page) -> set[str]:
+    return {value for tag, name, value in page.attributes if tag == "a" and name == "href"}
+
+
+PATHS = ("/", "/competition/c00", *(f"/miner/{hotkey}" for hotkey in (ALICE, BOB, EVE, ZED)), f"/round/{FIRST}")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_page_is_whole_and_leads_only_to_pages_that_exist(site: Site, snapshot: Snapshot, path: str) -> None:
+    page = read(site, snapshot, path)
+    assert page.tags["h1"] == page.tags["main"] == page.tags["header"] == page.tags["footer"] == 1
+    levels = [int(tag[1]) for tag, _ in page.texts if tag in ("h1", "h2", "h3")]
+    assert levels[0] == 1
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    for target in links(page):
+        if target.startswith("#"):
+            assert target[1:] in ids
+        elif target.endswith(".json"):
+            assert answer_json(snapshot, target.removesuffix(".json")) is not None
+        elif target not in ("/metrics", "/healthz"):
+            assert site.answer(snapshot, target) is not None, target
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_miners_wrote_is_text(site: Site, snapshot: Snapshot, path: str) -> None:
+    source = site.answer(snapshot, path) or ""
+    page = read(site, snapshot, path)
+    assert "<script>alert" not in source
+    assert "\u202e" not in source
+    assert "\x00" not in source
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert page.tags["script"] == (path == "/")
+
+
+def test_now_says_stage_progress_age_of_weights_and_that_all_is_well(site: Site, snapshot: Snapshot, state: Watched) -> None:
+    well = replace(snapshot, alarms=())
+    said = read(site, well, "/").text()
+    window = state.newest.head.block + WINDOW
+    for words in (
+        "All is well", "Measuring losses", f"Round of block {window:,}", "2 of 5", VALIDATOR, "Last weight set", "mismatch",
+        f"block {state.newest.head.block + 30:,}", f"block {window + WINDOW:,}", "812.5 nats where 812.6 were measured",
+        "1 set on the way", "4 models evaluated, 2 refused",
+    ):  # fmt: skip
+        assert words in said, words
+    assert "Warnings None since" not in said
+    page = read(site, well, "/")
+    (bar,) = [(name, value) for tag, name, value in page.attributes if tag == "progress" and name == "value"]
+    assert float(bar[1]) == 0.4
+    assert ("li", "aria-current", "step") in page.attributes
+
+
+def test_alarms_come_first_with_what_to_do(site: Site, snapshot: Snapshot) -> None:
+    assert snapshot.status is not None
+    silent = replace(snapshot.status, updated=snapshot.at - 300)
+    from sn29.report.snapshot import alarms
+
+    old = replace(snapshot, status=silent)
+    page = read(site, replace(old, alarms=tuple(alarms(old, 3))), "/")
+    said = page.text()
+    assert "Critical: no word from the program for 5 min" in said
+    assert said.index("What to do: look at its log") < said.index("Measuring losses")
+    assert page.text("title").startswith("(")
+
+
+def test_a_competition_says_who_leads_how_surely_what_is_allowed_and_what_changes(site: Site, snapshot: Snapshot) -> None:
+    page = read(site, snapshot, "/competition/c00")
+    said = page.text()
+    for words in (
+        "holds the crown, since the window of block 4,810,320", "A challenger must be shown to be better by", "samples)",
+        "Loss against the holder, with confidence", "Crowns and weights, round by round", "Win matrix", "Loss by sample",
+        "at most 6,900,000,000 parameters", "Block 4,867,120", "limits.parameters 6,900,000,000 -> 6,650,000,000",
+        "the number of parameters is outside the competition's limits", "shrink or grow the model",
+    ):  # fmt: skip
+        assert words in said, words
+    assert page.tags["svg"] == 4
+    alts = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
+    assert all(len(alt) > 20 for alt in alts)
+
+
+def test_a_miner_is_told_what_explain_tells(
+    site: Site, snapshot: Snapshot, state: Watched, capsys: pytest.CaptureFixture
+) -> None:
+    said = read(site, snapshot, f"/miner/{DAVE}").text()
+    assert cli.main(["explain", DAVE, "--state.dir", str(state.folder)]) == 0
+    told = capsys.readouterr().out.replace(ALICE, f"{ALICE[:4]}…{ALICE[-4:]}")
+    for line in told.splitlines():
+        if not line.startswith(("round of block", "what the round")):
+            assert " ".join(line.split()) in said, line
+    assert "Would win today with" in said
+    assert "Loss by sample, against the holder" in said
+    assert f"sn29 explain {DAVE} --state.dir {state.folder}" in said
+    bob = read(site, snapshot, f"/miner/{BOB}").text()
+    assert "Would take the crown" in bob
+    assert "UTC if every window looks like this one" in bob or "UTC as the holder’s advantage decays" in bob
+    assert "Its model was refused" in read(site, snapshot, f"/miner/{EVE}").text()
+    assert "Would take" not in read(site, snapshot, f"/miner/{ALICE}").text(), "it has it"
+
+
+def test_a_round_has_its_record_and_the_command_that_computes_it_again(
+    site: Site, snapshot: Snapshot, state: Watched, capsys: pytest.CaptureFixture
+) -> None:
+    block = state.newest.head.block
+    page = read(site, snapshot, f"/round/{block}")
+    said = page.text()
+    (command,) = page.text("code").split("sn29 replay ")[1:]
+    path = Path(command.split()[0])
+    assert cli.main(["replay", str(path)]) == 0
+    assert "the same bits as recorded" in capsys.readouterr().out
+    assert snapshot.rounds[-1].sha256 in said
+    assert path.name in said
+    assert "torch 2.13.0" in said
+    assert "All 6 commitments" in said
+    body = answer_json(snapshot, f"/round/{block}")
+    assert isinstance(body, bytes)
+    assert decode(body) == state.newest, "its JSON is the record"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/x", "/competition/", "/competition/none", "/miner/5X", "/round/1", "/round/x", "//", "/miner/a/b", "/competition/c00/", "",
+     "x", "/round/" + "9" * 300, "/miner/%ff", "/miner/..%2f..%2fetc%2fpasswd", "/status"],
+)  # fmt: skip
+def test_there_is_no_other_page(site: Site, snapshot: Snapshot, path: str) -> None:
+    assert site.answer(snapshot, path) is None
+    assert path == "/status" or answer_json(snapshot, path) is None
+
+
+@pytest.mark.parametrize("name", ["c00", ALICE, "a/b", "ü \"<'", "%2f"])
+def test_addresses_come_back_as_they_went(name: str) -> None:
+    assert parsed(link("miner", name)) == ("miner", name)
+    assert unquote(link("miner", name)) == f"/miner/{name}"
+
+
+def test_the_one_file_has_every_page_and_asks_for_nothing(snapshot: Snapshot) -> None:
+    source = whole(snapshot)
+    page = Page(source)
+    assert page.badly_closed == []
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert {"now", "competition-c00", f"miner-{CAROL}", f"round-{FIRST}"} <= set(ids)
+    targets = links(page)
+    assert all(target.startswith("#") for target in targets)
+    assert {target[1:] for target in targets} <= set(ids)
+    assert page.tags["script"] == 0
+    assert page.tags["link"] == 1, "the icon, which is in the file"
+    assert not [v for _, name, v in page.attributes if name in ("src", "srcset") or v.startswith(("http:", "https:", "//"))]
+    assert "<script>alert" not in source
+
+
+def test_the_same_is_there_as_json(snapshot: Snapshot, state: Watched) -> None:
+    found = json.loads(json.dumps(everything(snapshot), allow_nan=False))
+    assert found["now"]["status"]["stage"] == "measuring"
+    assert found["now"]["weights"]["0"]["set_at"] == state.newest.head.block + 30
+    assert [one["block"] for one in found["now"]["rounds"]] == [record.head.block for record in state.records]
+    competition = found["competitions"]["c00"]
+    assert [one["block"] for one in competition["rounds"]] == [record.head.block for record in reversed(state.records)]
+    newest = competition["rounds"][0]
+    assert newest["holder"] == ALICE
+    assert {one["hotkey"] for one in newest["standings"]} == {ALICE, BOB, CAROL, DAVE}
+    against = {one["hotkey"]: one["against_holder"] for one in newest["standings"]}
+    assert against[ALICE] is None
+    assert against[DAVE]["mean"] > 0
+    assert competition["changes"][0]["block"] == FIRST + 40_000 + math.ceil(201_600 / 12)
+    assert found["miners"][EVE]["rounds"][0]["outcome"]["reason"] == "parameters"
+
+
+def test_nothing_at_all_is_said_plainly(site: Site, tmp_path: Path) -> None:
+    empty = Reader(tmp_path).read()
+    said = read(site, empty, "/").text()
+    assert "No round has been finished yet." in said
+    assert "no status.json" in said
+    assert Page(whole(empty)).badly_closed == []
+
+
+def test_a_miner_that_trains_has_a_page_too(site: Site, tmp_path: Path) -> None:
+    telemetry.configure(level="CRITICAL")
+    telemetry.keep_status(tmp_path / telemetry.STATUS, "miner")
+    telemetry.stage("training", 300, 1000)
+    telemetry.leave_status()
+    said = read(site, Reader(tmp_path).read(), "/").text()
+    for words in ("Miner", "Training", "300 of 1,000", "All is well", "waiting training measuring publishing"):
+        assert words in said, words
+
+
+def test_a_page_that_was_made_is_kept_until_a_round_comes(snapshot: Snapshot, state: Watched, tmp_path: Path) -> None:
+    site = Site()
+    first = site.answer(snapshot, "/competition/c00")
+    assert site.answer(snapshot, "/competition/c00") == first
+    fewer = replace(snapshot, rounds=snapshot.rounds[:2])
+    assert site.answer(fewer, "/competition/c00") != first
+    again = Reader(watched(tmp_path, rounds=2).folder, rules=rules).read()
+    assert (
+        site.answer(replace(again, at=fewer.at, status=fewer.status, facts=fewer.facts, alarms=fewer.alarms), "/round/1") is None
+    )
+
+
+def test_colours_and_names_of_strangers_do_not_collide(snapshot: Snapshot) -> None:
+    cast = pages.cast_of(snapshot)
+    assert len({cast.colours[h] for h in (ALICE, BOB, CAROL, DAVE)}) == 4
+    assert cast.colours[EVE] == cast.colours[ZED]
+    assert len(set(cast.labels.values())) == len(cast.labels)
+    assert HOSTILE not in cast.html(ZED)

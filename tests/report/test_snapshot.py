@@ -1,0 +1,190 @@
+"""What is read of a state folder, and what somebody should look at."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from recorded import WINDOW, c00_text
+from watched import ALICE, EVE, FIRST, ZED, telling, watched
+
+from sn29 import telemetry
+from sn29.errors import Reason, Rejected
+from sn29.report.snapshot import ALARMS, LITTLE_FREE, Reader, alarms, lasting
+from sn29.rules.schedule import parse_file
+from sn29.store import Store
+
+
+def rules():
+    return {"c00": parse_file("c00", c00_text("champion"))}
+
+
+def names(snapshot) -> list[str]:
+    found = [alarm.name for alarm in snapshot.alarms]
+    assert set(found) <= set(ALARMS)
+    return [name for name in found if name != "disk_full"]  # the machine's own disk is as it is
+
+
+def test_a_validator_at_work_is_well(tmp_path: Path) -> None:
+    state = watched(tmp_path)
+    with telling(state):
+        found = Reader(tmp_path, rules=rules).read()
+    assert names(found) == []
+    assert found.is_live
+    assert [one.record for one in found.rounds] == list(state.records)
+    assert found.facts is not None
+    stands = found.facts.published[0].stands
+    assert stands is not None
+    assert stands[0] == state.newest.head.block + 30
+    assert len(found.facts.published[0].on_its_way) == 1
+    assert found.facts.open_rounds == (state.newest.head.block + WINDOW,)
+    assert found.head is not None
+    assert found.head[0] == state.head
+    assert {ALICE, EVE, ZED} <= set(found.hotkeys)
+    assert found.competitions == ("c00",)
+    assert found.disk_bytes > 0
+
+
+def test_a_program_that_is_silent_is_an_alarm_that_healthz_knows(tmp_path: Path) -> None:
+    state = watched(tmp_path)
+    found = Reader(tmp_path).read()
+    assert "status_old" in names(found)
+    assert not found.is_healthy
+    with telling(state):
+        now = Reader(tmp_path).read()
+    assert now.status is not None
+    later = replace(now, status=replace(now.status, updated=now.at - 61))
+    first = alarms(later, 3)[0]
+    assert first.name == "status_old"
+    assert "61 s" in first.sentence
+    assert "start it again" in first.advice
+
+
+def test_a_chain_that_does_not_grow_is_an_alarm_and_old_weights_are_counted_on(tmp_path: Path) -> None:
+    watched(tmp_path, age_s=4 * 360 * 12.0)
+    found = Reader(tmp_path).read()
+    assert set(names(found)) == {"status_old", "chain_old", "weights_old", "no_round", "round_overdue"}
+    levels = [alarm.level for alarm in found.alarms]
+    assert levels == sorted(levels), "critical ones first"
+    (old,) = [a for a in found.alarms if a.name == "weights_old"]
+    assert "epochs ago" in old.sentence
+    assert "weights_old" not in names(Reader(tmp_path, alarm_epochs=30).read())
+
+
+def test_weights_that_were_never_set_are_an_alarm_after_some_epochs(tmp_path: Path) -> None:
+    watched(tmp_path, rounds=5, published=False)
+    (old,) = [a for a in Reader(tmp_path).read().alarms if a.name == "weights_old"]
+    assert "no weight set stands on chain" in old.sentence
+    assert [a for a in Reader(tmp_path, alarm_epochs=9).read().alarms if a.name == "weights_old"] == []
+
+
+def test_a_program_that_does_not_stay_up_and_one_with_bugs(tmp_path: Path) -> None:
+    telemetry.configure(level="CRITICAL")
+    for _ in range(4):
+        telemetry.keep_status(tmp_path / telemetry.STATUS, "validator")
+    try:
+        raise ValueError("nobody expected it")
+    except ValueError:
+        telemetry.bug("the round failed")
+    telemetry.stage("reading")
+    telemetry.leave_status()
+    found = Reader(tmp_path).read()
+    assert names(found) == ["restart_loop", "bugs"]
+    assert not found.is_healthy
+    assert found.facts is None
+    assert found.rounds == ()
+
+
+def test_a_disk_that_is_nearly_full(tmp_path: Path) -> None:
+    with telling(watched(tmp_path)):
+        now = Reader(tmp_path).read()
+
+    def level(free: float, size: float) -> list[str]:
+        return [a.level for a in alarms(replace(now, free_bytes=int(free), disk_bytes=int(size)), 3) if a.name == "disk_full"]
+
+    assert level(0.9e9, 1e12) == ["critical"]
+    assert level(LITTLE_FREE - 1, 1e12) == ["warning"]
+    assert level(LITTLE_FREE, 1e12) == []
+    assert level(2e9, 10e9) == [], "a small disk need not have 20 GB"
+
+
+def test_what_cannot_be_read_is_an_alarm_and_the_rest_is_shown(tmp_path: Path) -> None:
+    state = watched(tmp_path)
+    paths = sorted((tmp_path / "records").iterdir())
+    paths[0].write_text("{}")
+    (tmp_path / "store.db").write_bytes(b"no database" * 1000)
+    for leftover in ("store.db-wal", "store.db-shm"):
+        (tmp_path / leftover).unlink(missing_ok=True)
+    (tmp_path / telemetry.STATUS).write_text("[")
+
+    def wrong():
+        raise Rejected(Reason.COMPETITION_FILE, "no *.yaml", "at least one competition", "folder")
+
+    found = Reader(tmp_path, rules=wrong).read()
+    assert set(names(found)) == {"status_old", "store", "records", "rules"}
+    assert [one.record for one in found.rounds] == list(state.records[1:])
+    assert all(alarm.advice and alarm.sentence for alarm in found.alarms)
+
+
+def test_records_alone_are_nobodys_to_watch(tmp_path: Path) -> None:
+    state = watched(tmp_path)
+    found = Reader(None, [tmp_path / "records"], rounds=2).read()
+    assert found.alarms == ()
+    assert [one.record for one in found.rounds] == list(state.records[-2:])
+    assert found.status is None
+
+
+def test_a_record_is_read_once_and_again_when_it_changes(tmp_path: Path) -> None:
+    watched(tmp_path)
+    reader = Reader(tmp_path)
+    first, second = reader.read(), reader.read()
+    assert all(a is b for a, b in zip(first.rounds, second.rounds, strict=True))
+    path = first.rounds[0].path
+    os.utime(path, ns=(1, 1))
+    third = reader.read()
+    assert third.rounds[0] is not first.rounds[0]
+    assert third.rounds[0].record == first.rounds[0].record
+    shutil.rmtree(tmp_path / "records")
+    assert reader.read().rounds == ()
+
+
+def test_reading_disturbs_nobody(tmp_path: Path) -> None:
+    state = watched(tmp_path)
+
+    def kept() -> list[str]:
+        """Files, without those that SQLite makes beside its own while it is open."""
+        return sorted(p.name for p in tmp_path.rglob("*") if not p.name.startswith("store.db-"))
+
+    with telling(state):
+        store = Store(tmp_path / "store.db")
+        before = kept()
+        found = Reader(tmp_path).read()
+        store.open_round(FIRST + 100 * WINDOW, {})
+        after = Reader(tmp_path).read()
+        store.close()
+    assert found.facts is not None
+    assert after.facts is not None
+    assert len(after.facts.open_rounds) == len(found.facts.open_rounds) + 1
+    assert kept() == before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "119 min"), (7200, "2 h"), (7500, "2 h 5 min"), (180_000, "2 days 2 h")],
+)
+def test_spans_of_time_in_words(seconds: float, words: str) -> None:
+    assert lasting(seconds) == words
+
+
+def test_times_of_blocks_are_counted_from_the_newest_one(tmp_path: Path) -> None:
+    state = watched(tmp_path)
+    with telling(state):
+        found = Reader(tmp_path).read()
+    at = found.time_of(state.head + 100)
+    assert at is not None
+    assert at == pytest.approx(time.time() - 8 + 1200, abs=60)
+    assert found.block in (state.head, state.head + 1, state.head + 2)

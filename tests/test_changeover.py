@@ -1,0 +1,211 @@
+"""Which rules judge which round, on a real store; and two validators that get new files in the middle of a window."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_round import RULES, WINDOW, Subnet, subnet
+
+from neurons.adapters import Tokenizers, dataset_of, parse_texts
+from sn29.changeover import due, note, software
+from sn29.errors import Rejected
+from sn29.examination import Machine, Ports, Rules
+from sn29.hub import Hub
+from sn29.records import Head
+from sn29.round import plan_round, run_round
+from sn29.round_record import RoundRecord
+from sn29.store import ChainSeen, Store
+
+__all__ = ["subnet"]
+OLD = {"c00.yaml": RULES}
+NEW = {"c00.yaml": RULES.replace("group: 1", "group: 2")}
+THIRD = {**OLD, "c01.yaml": RULES.replace("reward_share: 1", "reward_share: 0")}
+HERE = {"rules": "1", "torch": "2.13.0"}
+UPGRADED = {"rules": "2", "torch": "2.13.0"}
+
+
+def parse(texts: Mapping[str, str]) -> Rules:
+    read = parse_texts(texts)
+    return Rules(read.files, read.hall_of_fame, read.hashes)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store.db")
+
+
+def judged(store: Store, block: int, texts=OLD, running=HERE, said=None) -> tuple[str, int, int | None] | None:
+    """(texts of the rules that judge the round which is due at a final block, since, last), after a look with these."""
+    note(store, block, texts, running, parse)
+    store.keep_chain_seen(ChainSeen(block, 0.0, 12.0, 360, 0))  # as the publisher does
+    found = due(store, block, running, 2, parse, set() if said is None else said)
+    if found is None:
+        return None
+    names = {tuple(sorted(parse(t).hashes.items())): n for n, t in (("old", OLD), ("new", NEW), ("third", THIRD))}
+    return names[tuple(sorted(found.rules.hashes.items()))], found.since, found.last
+
+
+def finish(store: Store, block: int) -> None:
+    store.open_round(block, {"rules": dict(parse(OLD).hashes)})
+    store.finish_round(block, RoundRecord(Head(block, "0x" + "0" * 64), {}, (), {}, (), {}, {}, {}, {}), {})
+
+
+def test_the_first_rules_hold_from_the_start(store):
+    assert judged(store, 2500) == ("old", 0, None)
+    assert judged(store, 2600) == ("old", 0, None)
+    assert len(store.rules_kept()) == 1
+
+
+def test_new_files_inside_a_window_hold_from_the_next_one_on(store, events):
+    assert judged(store, 2010) == ("old", 0, None)
+    store.open_round(2000, {"rules": dict(parse(OLD).hashes)})
+    for block in (2500, 2600, 2999):
+        assert judged(store, block, NEW) == ("old", 0, 2999), "restarted or not, the round that is open is ended as it was begun"
+    sentences = [sentence for event, sentence in events if event == "rules"]
+    assert sentences == [
+        "new rules (c00.yaml has another text) take effect from block 3000 on: earlier rounds are judged as before"
+    ]
+    finish(store, 2000)
+    assert judged(store, 2999, NEW) == ("old", 0, 2999), "nothing is due, and nothing by the new ones"
+    assert judged(store, 3000, NEW) == ("new", 3000, None)
+    finish(store, 3000)
+    assert judged(store, 3500, THIRD) == ("new", 3000, 3999)
+    assert [kept.since for kept in store.rules_kept()] == [3000, 4000], "of what is over only the newest is kept"
+
+
+def test_a_round_that_was_missed_is_judged_by_what_held_at_its_block(store):
+    judged(store, 2010)
+    store.open_round(2000, {"rules": dict(parse(OLD).hashes)})
+    judged(store, 2500, NEW)
+    assert judged(store, 3100, NEW) == ("old", 0, 2999)
+    finish(store, 2000)
+    assert judged(store, 3100, NEW) == ("new", 3000, None)
+
+
+def test_what_is_taken_back_before_its_block_never_held(store, events):
+    judged(store, 2010)
+    store.open_round(2000, {})
+    judged(store, 2500, NEW)
+    assert judged(store, 2600, OLD) == ("old", 0, None)
+    assert [kept.since for kept in store.rules_kept()] == [0]
+    assert judged(store, 3500, OLD) == ("old", 0, None)
+    judged(store, 3600, NEW)
+    assert judged(store, 3700, THIRD) == ("old", 0, 3999), "of two changes in a window the later one holds"
+    assert judged(store, 4000, THIRD) == ("old", 0, 3999), "the round before it is still open"
+    finish(store, 3000)
+    assert judged(store, 4000, THIRD) == ("third", 4000, None)
+
+
+def test_who_was_away_for_longer_than_a_window_has_what_the_others_have(store):
+    judged(store, 2010)
+    finish(store, 2000)
+    assert judged(store, 9100, NEW) == ("old", 0, 8999), "the one missed round before"
+    finish(store, 8000)
+    assert judged(store, 9100, NEW) == ("new", 9000, None)
+
+
+def test_other_software_waits_for_its_block_and_says_which(store, events):
+    judged(store, 2010)
+    store.open_round(2000, {"rules": dict(parse(OLD).hashes)})
+    said: set[int] = set()
+    for block in (2500, 2600):
+        assert judged(store, block, running=UPGRADED, said=said) is None
+    (sentence,) = [sentence for event, sentence in events if event == "rules_wait"]
+    assert sentence == (
+        "the window that is open was begun with other rules (rules 1 -> 2): this software judges from block 3000 on; until then"
+        " the weights that stand are set again. To finish the window start the former software"
+    )
+    assert judged(store, 2700) == ("old", 0, None), "the former software finishes it"
+    assert judged(store, 2800, running=UPGRADED) is None
+    assert judged(store, 3000, running=UPGRADED) == ("old", 3000, None), "nobody waits for a round that it must not judge"
+
+
+def test_software_that_comes_when_the_round_has_ended_waits_without_a_warning(store, events):
+    judged(store, 2010)
+    finish(store, 2000)
+    assert judged(store, 2500, running=UPGRADED) is None
+    assert judged(store, 3001, running=UPGRADED) == ("old", 3000, None)
+    assert [event for event, _ in events] == ["rules"]
+
+
+def test_a_round_that_an_older_sn29_opened_by_other_files_is_not_judged_by_these(store):
+    store.open_round(2000, {"rules": dict(parse(NEW).hashes)})
+    assert judged(store, 2500) == ("old", 3000, None)
+    assert due(store, 2500, HERE, 2, parse, set()).since == 3000
+
+
+def test_files_that_this_software_does_not_read_are_not_judged_by(store):
+    note(store, 2010, {"c00.yaml": "no competition"}, HERE, lambda texts: parse(OLD))
+    store.open_round(2000, {"rules": dict(parse(OLD).hashes)})
+    with pytest.raises(Rejected):
+        parse({"c00.yaml": "no competition"})
+    assert judged(store, 2500) is None
+    assert judged(store, 3000) == ("old", 3000, None)
+
+
+def test_what_decides_a_bit_is_named():
+    found = software()
+    assert set(found) == {"rules", "engine", "torch", "transformers", "tokenizers"}
+    assert all(re.match(r"\d", one) for one in found.values())
+
+
+# --- two validators ---------------------------------------------------------------------------------------------------
+
+
+def turn(subnet: Subnet, state: str, texts: Mapping[str, str], running: Mapping[str, str], *, judge: bool = True) -> int | None:
+    """What the validator's loop does once with these files; block of the round that it planned. It is run if `judge`."""
+    store = Store(subnet.folder / state / "store.db")
+    hub = Hub(subnet.hub.endpoint, timeout_s=2, attempts=1, pause_s=0.05)
+    machine = Machine(subnet.folder / state / "models", subnet.folder / state / "records", "cpu", "float32", 1, 120, 60)
+
+    async def once() -> int | None:
+        async with subnet.chain("validator") as chain:
+            folder = subnet.folder / "competitions"
+            tokenizers = Tokenizers(hub, subnet.folder / state / "tokenizers")
+            ports = Ports(chain, hub, store, dataset_of(hub, folder), tokenizers, machine, subnet.evaluator)
+            block = (await chain.finalized()).block
+            note(store, block, texts, running, parse)
+            found = due(store, block, running, 2, parse, set())
+            if found is None:
+                return None
+            plan = await plan_round(ports, found.rules, catch_up=2, since=found.since, last=found.last)
+            if plan is not None and judge:
+                await run_round(ports, found.rules, plan)
+            return plan.block if plan else None
+
+    try:
+        return asyncio.run(once())
+    finally:
+        store.close()
+
+
+def test_two_validators_that_change_their_rules_at_other_times_judge_alike(subnet, model):
+    """One is restarted with the new files while its round is open, the other one gets them when it has ended."""
+    for seed, name in enumerate(("ann", "ben")):
+        subnet.publish(name, model(seed))
+    subnet.next_window()
+    block = subnet.ledger.head() // WINDOW * WINDOW
+    assert turn(subnet, "early", OLD, HERE, judge=False) == block
+    assert turn(subnet, "early", NEW, HERE) == block
+    assert turn(subnet, "late", OLD, HERE) == block
+    assert turn(subnet, "late", NEW, HERE) is None
+    assert turn(subnet, "upgraded", OLD, HERE, judge=False) == block
+    assert turn(subnet, "upgraded", OLD, UPGRADED) is None, "it must not judge this one"
+    subnet.next_window()
+    for state in ("early", "late"):
+        assert turn(subnet, state, NEW, HERE) == block + WINDOW
+    assert turn(subnet, "upgraded", OLD, UPGRADED) == block + WINDOW
+    stores = [Store(subnet.folder / state / "store.db", read_only=True) for state in ("early", "late")]
+    first, second = ([r.record for r in store.rounds()] for store in stores)
+    assert first == second
+    hashes = [record.competitions["c00"].file_sha256 for record in first]
+    assert hashes == [parse(OLD).hashes["c00"], parse(NEW).hashes["c00"]]
+    upgraded = Store(subnet.folder / "upgraded" / "store.db", read_only=True)
+    assert upgraded.last_finished() == block + WINDOW
+    assert [r.block for r in upgraded.open_rounds()] == [block]
+    assert replace(first[0], weights={}) != first[0], "weights were decided"

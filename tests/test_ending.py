@@ -1,0 +1,365 @@
+"""Both programs are asked to end while they are at it: real processes, real signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+import neurons
+from sn29.chain import Chain, load_wallet
+from sn29.hub import Hub
+from sn29.localnet import demo, text
+from sn29.localnet.http_exchange import Wire
+from sn29.localnet.hub import LoopbackHub
+from sn29.localnet.hub_faults import Fault
+from sn29.localnet.ledger import Ledger, LedgerSubstrate
+from sn29.localnet.network import NETUID, Localnet, prepare
+from sn29.rules.competition import parse_competition
+from sn29.settings import default_cache
+from sn29.store import Store, reading
+from sn29.submission import submit
+
+WINDOW = 4000
+WITHIN_S = 10.0
+"""What is promised for both programs."""
+
+# --- the rule, with programs of a few lines ---------------------------------------------------------------------------
+
+PROGRAM = """
+import asyncio, os, sys, time
+from neurons.ending import Stop
+from sn29 import telemetry
+from sn29.errors import Unavailable
+
+async def wait(stop):
+    stop.left = "half a sandwich"
+    print("up", flush=True)
+    await asyncio.sleep(60)
+
+async def clean_up_for_ever(stop):
+    try:
+        await wait(stop)
+    finally:
+        await asyncio.sleep(60)
+
+async def in_a_thread(stop):
+    stop.left = "a thread"
+    asyncio.get_running_loop().call_later(0.1, lambda: print("up", flush=True))
+    await asyncio.to_thread(time.sleep, 60)
+
+async def hold_the_loop(stop):
+    print("up", flush=True)
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        pass
+
+async def fail_while_it_ends(stop):
+    try:
+        await wait(stop)
+    finally:
+        raise Unavailable("the chain", "no answer")
+
+async def break_while_it_ends(stop):
+    try:
+        await wait(stop)
+    finally:
+        raise ZeroDivisionError
+
+async def use_what_is_left(stop):
+    try:
+        await wait(stop)
+    except asyncio.CancelledError:
+        while stop.left_s > 0:
+            await asyncio.sleep(0.01)
+        raise
+
+Stop("sandwich", float(sys.argv[2])).run(globals()[sys.argv[1]])
+print("down", flush=True)
+"""
+
+
+def start(program: str, within_s: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, program, str(within_s)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_program_that_is_asked_to_end_says_what_it_leaves(number):
+    process = start("wait", 10)
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=10)
+    assert (process.returncode, out) == (0, "down\n")
+    first, last = errors.splitlines()
+    assert first.endswith("a signal asked for it: it ends within 10 s, a second signal ends it at once")
+    assert last.endswith("half a sandwich; start again to go on")
+
+
+@pytest.mark.parametrize("program", ["clean_up_for_ever", "hold_the_loop"])
+def test_what_does_not_end_is_cut_in_time(program):
+    process = start(program, 2)
+    process.terminate()
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 0
+    assert "not ended after 1 s: left as a kill would leave it" in errors.splitlines()[-1]
+
+
+def test_a_thread_that_waits_is_not_waited_for():
+    process = start("in_a_thread", 30)
+    process.terminate()
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert errors.splitlines()[-1].endswith("a thread; start again to go on")
+
+
+def test_what_is_in_hand_has_the_time_that_is_left():
+    process = start("use_what_is_left", 3)
+    process.terminate()
+    out, errors = process.communicate(timeout=10)
+    assert (process.returncode, out) == (0, "down\n"), "1 of the 3 seconds is for it, 1 to close, and 1 to end"
+    assert errors.splitlines()[-1].endswith("half a sandwich; start again to go on")
+
+
+def test_a_failure_while_it_ends_is_said_and_a_bug_is_not_hidden():
+    process = start("fail_while_it_ends", 10)
+    process.terminate()
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 0
+    assert "the chain: no answer" in errors
+    process = start("break_while_it_ends", 10)
+    process.terminate()
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert "ZeroDivisionError" in errors
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+)  # fmt: skip
+def test_a_second_signal_ends_it_at_once_and_the_same_one_twice_is_one(number, status):
+    process = start("clean_up_for_ever", 60)
+    process.terminate()
+    process.terminate()  # to the process and to its group
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == status
+    assert errors.splitlines()[-1] == "sn29 sandwich: a second signal: ended at once"
+
+
+# --- the validator and the miner --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def subnet(tmp_path_factory, make_checkpoint) -> Iterator[tuple[Localnet, LoopbackHub, Path]]:
+    """A localnet whose one competition has one model, and a miner who has nothing yet."""
+    tmp_path = tmp_path_factory.mktemp("subnet")
+    localnet = prepare(tmp_path / "localnet", text.build(default_cache()), block_seconds=1.0, window_blocks=WINDOW)
+    (localnet.competitions / "c01.yaml").unlink()
+    rules = localnet.competitions / "c00.yaml"
+    rules.write_text(rules.read_text().replace("reward_share: 0.5", "reward_share: 1"))
+    wallets = tmp_path / "wallets"
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 4}
+    slow = make_checkpoint(vocab_size=100_277, **shape)
+    with localnet.serve() as hub:
+        for name in ("val", "slow"):
+            localnet.register(name, "default", wallets, validator=True)
+        for name in ("ann", "ben"):
+            localnet.register(name, "default", wallets)
+        ledger = Ledger.open(localnet.chain)
+        ledger.advance(1)
+        ledger.close()
+        asyncio.run(submitted(localnet, wallets, "ann", slow))
+        yield localnet, hub, wallets
+
+
+async def submitted(localnet: Localnet, wallets: Path, name: str, folder: Path) -> None:
+    rules = parse_competition("c00", (localnet.competitions / "c00.yaml").read_text())
+    hub = Hub(localnet.endpoint, token=localnet.hub_token(name))
+    wallet = load_wallet(name, "default", wallets)
+    async with Chain(NETUID, network="local", wallet=wallet, substrate=LedgerSubstrate(localnet.chain)) as chain:
+        await submit(chain, hub, folder, f"{name}/model", rules, None)
+
+
+def run(program: str, localnet: Localnet, folder: Path, name: str, *flags: str) -> demo.Running:
+    folder.mkdir(parents=True, exist_ok=True)
+    log, errors = folder / "log.jsonl", folder / "errors"
+    command = [
+        sys.executable, str(Path(neurons.__file__).parent / f"{program}.py"),
+        "--wallet.name", name, "-H", "default", "--wallet.path", str(localnet.folder.parent / "wallets"), "-n", "localnet",
+        "--localnet.dir", str(localnet.folder), "--hub.endpoint", localnet.endpoint, "--netuid", str(NETUID),
+        "--competitions.dir", str(localnet.competitions), "--threads", "1", "--locks.dir", str(folder.parent / "locks"),
+        "--poll", "0.2", "--log.file", str(log), *flags,
+    ]  # fmt: skip
+    read_to = log.stat().st_size if log.exists() else 0
+    environment = {**os.environ, "HF_TOKEN": localnet.hub_token(name), "OMP_NUM_THREADS": "1"}
+    with errors.open("ab") as stream:
+        process = subprocess.Popen(command, stderr=stream, stdin=subprocess.DEVNULL, env=environment)
+    return demo.Running(name, process, log, errors, read_to)
+
+
+def until(one: demo.Running, event: str) -> None:
+    ends = time.monotonic() + 120
+    while not any(news["event"] == event for news in one.news()):
+        assert one.process.poll() is None, f"ended before {event}: {one.errors.read_text()[-2000:]}"
+        assert time.monotonic() < ends, f"no {event}: {one.errors.read_text()[-2000:]}"
+        time.sleep(0.01)
+
+
+def descendants(pid: int) -> set[int]:
+    """All processes below it, by the parent that each names."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found, new = set[int](), {pid}
+    while new:
+        new = {child for child, parent in parents.items() if parent in new} - found
+        found |= new
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def stop(one: demo.Running, number: int = signal.SIGTERM) -> str:
+    """The last line that it says. It and all below it have ended within the promised time, and it is no failure."""
+    below = descendants(one.process.pid)
+    began = time.monotonic()
+    one.process.send_signal(number)
+    status = one.process.wait(WITHIN_S)
+    print(f"ended {time.monotonic() - began:.2f} s after the signal, {len(below)} processes below it")  # shown with -rP
+    assert status == 0, one.errors.read_text()[-3000:]
+    while any(map(is_running, below)):
+        assert time.monotonic() < began + WITHIN_S, "a child outlives it"
+        time.sleep(0.01)
+    list(one.news())
+    events = [event for event in one.events if event["event"] == "stopped"]
+    assert len(events) == 1
+    assert events[0]["message"].endswith("; start again to go on")
+    assert "not ended after" not in events[0]["message"]
+    return str(events[0]["message"])
+
+
+def whole(state: Path) -> Store:
+    """The state folder of a validator that has ended: nothing is half written, nothing is left lying about."""
+    assert not list(state.glob("evaluations/sn29-evaluation-*")), "texts of an evaluation are left"
+    assert not list((state / "records").glob(".*"))
+    store = Store(state / "store.db", read_only=True)
+    assert store.faults() == ()
+    return store
+
+
+@pytest.mark.timeout(300)
+def test_a_validator_ends_in_time_at_every_stage_and_goes_on(subnet, tmp_path: Path) -> None:
+    localnet, hub, _ = subnet
+    state, flags = tmp_path / "val", ("--dtype", "float32", "--state.dir", str(tmp_path / "val"))
+
+    one = run("validator", localnet, state, "val", *flags)
+    time.sleep(1.0)  # it imports its libraries, or its first child starts
+    stop(one)
+
+    ledger = Ledger.open(localnet.chain)
+    ledger.advance((ledger.head() // WINDOW + 1) * WINDOW + ledger.finality_lag - ledger.head())
+    block = (ledger.head() // WINDOW) * WINDOW
+    ledger.close()
+    hub.faults.set(Fault(r"GET .*/ann/model/.*safetensors", skip=2, wire=Wire(bytes_per_s=20_000)))
+    one = run("validator", localnet, state, "val", *flags)
+    until(one, "samples")
+    while not any(p.stat().st_size > 10_000 for p in state.glob("models/**/*") if p.is_file()):
+        time.sleep(0.01)
+    assert stop(one) == f"the round of block {block} is open; 0 losses are kept; start again to go on", "while it fetches"
+    whole(state).close()
+    hub.faults.set()
+
+    one = run("validator", localnet, state, "val", *flags)
+    until(one, "fetched")
+    while not list(state.glob("evaluations/sn29-evaluation-*/job.json")):
+        time.sleep(0.01)
+    time.sleep(0.5)
+    assert stop(one) == f"the round of block {block} is open; 0 losses are kept; start again to go on", "while a child evaluates"
+    whole(state).close()
+
+    one = run("validator", localnet, state, "val", *flags)
+    until(one, "weights")
+    while not is_sending(state):
+        time.sleep(0.01)
+    assert stop(one) == "60 losses are kept; start again to go on", "while weights are being set: they are read back first"
+    assert [event["event"] for event in one.events].count("published") == 1
+    with closing(sqlite3.connect(state / "store.db")) as db, db:
+        db.execute("delete from publication")  # another validator's, who has set nothing yet
+    state = Path(shutil.copytree(state, tmp_path / "slow"))
+    flags = ("--dtype", "float32", "--state.dir", str(state))
+    one = run("validator", localnet, state, "slow", *flags, "--stop.within", "2")
+    while not is_sending(state):
+        time.sleep(0.01)
+    one.process.terminate()
+    assert one.process.wait(WITHIN_S) == 0
+    assert is_sending(state), "there was no time to read them back"
+    whole(state).close()
+    one = run("validator", localnet, state, "slow", *flags)
+    until(one, "published")
+    assert stop(one, signal.SIGINT) == "60 losses are kept; start again to go on", "while it waits for a window"
+    store = whole(state)
+    assert len(store.publications()) == 1
+    assert store.sent() == ()
+    assert len({event["block"] for event in one.events if event["event"] == "published"}) == 1, "set once, and found again"
+    assert [event for event in one.events if event["event"] in ("bug", "not_published", "foreign_weights")] == []
+
+
+def is_sending(state: Path) -> bool:
+    """Its weights are noted as about to be sent, and not known to have arrived."""
+    if not (state / "store.db").exists():
+        return False
+    with reading(state / "store.db") as store:
+        return any(sent.block is None for sent in store.sent())
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("processes", ["1", "2"], ids=["one process", "two processes"])
+def test_a_miner_ends_in_time_and_goes_on_from_its_checkpoint(subnet, tmp_path: Path, processes) -> None:
+    localnet, _, _ = subnet
+    folder = tmp_path / "ben"
+    flags = (
+        "--work.dir", str(folder / "work"), "--repo", "ben/model", "--competition", "c00", "--publish-at", "0",
+        "--text", "data/train-*.parquet", "--steps", "100000", "--processes", processes, "--hidden-size", "8",
+        "--intermediate-size", "16", "--num-heads", "2",
+    )  # fmt: skip
+    trained = 0
+    for number in (signal.SIGTERM, signal.SIGINT)[: 3 - int(processes)]:
+        one = run("miner", localnet, folder, "ben", *flags)
+        before, ends = steps(folder), time.monotonic() + 120
+        while steps(folder) <= before:
+            assert one.process.poll() is None, one.errors.read_text()[-3000:]
+            assert time.monotonic() < ends
+            time.sleep(0.05)
+        assert stop(one, number) == "training run 1 is at train, its last checkpoint stands; start again to go on"
+        kept = int(torch.load(folder / "work" / "training" / "state.pt", weights_only=True)["step"])
+        assert trained < kept == steps(folder), "the step is ended and a checkpoint of it written; the next start goes on there"
+        trained = kept
+
+
+def steps(folder: Path) -> int:
+    found = list((folder / "work").glob("**/curve.jsonl"))
+    return sum(len(path.read_text().splitlines()) for path in found)

@@ -1,0 +1,226 @@
+"""A second validator takes over the first one's losses, after a sample of them; and one that lies."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from test_ending import run, submitted, until
+from test_round import WINDOW, Subnet, go, subnet
+
+from neurons.adapters import Tokenizers, dataset_of
+from sn29 import record_files
+from sn29.errors import Reason, Rejected, Unavailable
+from sn29.examination import Machine, Ports
+from sn29.hub import Hub
+from sn29.localnet import text
+from sn29.localnet.hub_faults import Fault
+from sn29.localnet.ledger import Ledger
+from sn29.localnet.network import Localnet, prepare
+from sn29.round_record import RoundRecord, address
+from sn29.settings import default_cache
+from sn29.store import Store
+from sn29.warm_start import warm_start
+
+__all__ = ["subnet"]
+TEXTS = 8
+"""Of a window; three models make 24 cells."""
+
+
+@pytest.fixture
+def judged(subnet, model) -> Subnet:
+    """The first validator, whose folder is `first`, has judged two rounds, and the window of the second one is open."""
+    for names in (("ann", "ben"), ("cat",)):
+        for name in names:
+            subnet.publish(name, model(ord(name[0])))
+        subnet.next_window()
+        go(subnet, "first")
+    return subnet
+
+
+def begin(subnet: Subnet, state: str, named: Sequence[Path], cells: int = 200, dtype: str = "float32") -> bool:
+    store = Store(subnet.folder / state / "store.db")
+    hub = Hub(subnet.hub.endpoint, timeout_s=2, attempts=1, pause_s=0.05)
+    machine = Machine(subnet.folder / state / "models", subnet.folder / state / "records", "cpu", dtype, 1, 120, 60)
+
+    async def story() -> bool:
+        async with subnet.chain("validator") as chain:
+            folder = subnet.folder / "competitions"
+            tokenizers = Tokenizers(hub, subnet.folder / state / "tokenizers")
+            ports = Ports(chain, hub, store, dataset_of(hub, folder), tokenizers, machine, subnet.evaluator)
+            return await warm_start(ports, subnet.rules(), named, cells=cells)
+
+    try:
+        return asyncio.run(story())
+    finally:
+        store.close()
+
+
+def stored(subnet: Subnet, state: str) -> Store:
+    return Store(subnet.folder / state / "store.db", read_only=True)
+
+
+def newest(subnet: Subnet, state: str) -> tuple[Path, RoundRecord]:
+    return next(record_files.newest_first(subnet.folder / state / "records"))
+
+
+def said(events: list[tuple[str, str]], name: str) -> list[str]:
+    return [sentence for event, sentence in events if event == name]
+
+
+def test_the_open_window_is_judged_at_once_and_to_the_bit_as_the_first_validator_did(judged, events):
+    path, record = newest(judged, "first")
+    assert begin(judged, "second", [judged.folder / "first"], cells=10)
+    store = stored(judged, "second")
+    (came,) = store.imports().values()
+    assert (came.source, came.address, came.block) == (str(path), address(record), record.head.block)
+    assert (came.cells, came.checked, came.worst) == (3 * TEXTS, 10, 0.0)
+    assert {cell.imported for cell in store.each_loss()} == {1}
+    assert store.count_losses() == 3 * TEXTS
+    assert store.last_finished() == record.head.block - WINDOW, "what is remembered is of the round before"
+    (sentence,) = said(events, "warm_start")
+    assert sentence.startswith(
+        f"24 losses of 3 models were taken over from {path}; 10 of them were measured here, the largest diff"
+    )
+    assert sentence.endswith("So many wrong ones would have gone unseen: 1% with 90.4%, 5% with 59.9%")
+    events.clear()
+    _, own = go(judged, "second")
+    assert own == record
+    assert said(events, "evaluated") == ["0 samples measured, 8 known"] * 3
+    assert said(events, "fetched") == []
+    assert store.weights()[0].block == record.head.block, "its own round, whose weights are its own to set"
+    assert store.taken_over() != record.head.block
+    events.clear()
+    assert not begin(judged, "second", [judged.folder / "first"])
+    assert said(events, "warm_start") == ["rounds were judged here already: nothing is taken over"]
+
+
+def test_the_draw_is_the_same_every_time_and_another_for_another_record(judged, events):
+    begin(judged, "second", [judged.folder / "first"], cells=1)
+    begin(judged, "third", [judged.folder / "first"], cells=1)
+    fetched = said(events, "fetched")
+    assert len(fetched) == 2, "a single cell is of a single model"
+    contents = [{p.name for p in (judged.folder / state / "models").iterdir() if p.is_dir()} for state in ("second", "third")]
+    assert contents[0] == contents[1]
+    assert stored(judged, "second").count_losses() == stored(judged, "third").count_losses() == 3 * TEXTS
+
+
+def lying(subnet: Subnet, change: str) -> Path:
+    """The folder of a validator that judged the second round as the first one did, but by losses that were changed: a record
+    that gives its own bits."""
+    source, folder = subnet.folder / "first", subnet.folder / "liar"
+    shutil.copytree(source, folder)
+    path, _ = newest(subnet, "liar")
+    path.unlink()
+    with closing(sqlite3.connect(folder / "store.db")) as db, db:
+        block = db.execute("select max(block) from round").fetchone()[0]
+        db.execute("delete from standing where round = ?", (block,))
+        db.execute("delete from round where block = ?", (block,))
+        db.execute(f"update loss set nats = {change}")
+    shutil.copytree(source / "models", folder / "models", dirs_exist_ok=True)
+    go(subnet, "liar")
+    return folder
+
+
+def test_a_record_that_lies_is_refused_with_both_values_and_nothing_is_taken_over(judged):
+    folder = lying(judged, "nats * (1 - 0.004 * (abs(random()) % 2))")  # about half of the cells are a little better
+    (_, honest), (path, record) = newest(judged, "first"), newest(judged, "liar")
+    assert record.head == honest.head
+    with pytest.raises(Rejected) as refused:
+        begin(judged, "second", [folder], cells=12)
+    assert refused.value.reason is Reason.RECORD
+    assert refused.value.where.startswith(f"{path}: c00: 5")
+    theirs, sample = refused.value.got.split(" nats on sample ")
+    assert refused.value.limit.endswith(", measured here, but for 1e-05 of it")
+    mine = float(refused.value.limit.partition(",")[0])
+    kept, right = record.competitions["c00"], honest.competitions["c00"]
+    place = [s.id for s in kept.samples].index(sample)
+    assert float(theirs) in {m.losses[place] for m in kept.models}
+    assert mine in {m.losses[place] for m in right.models}
+    store = stored(judged, "second")
+    assert (store.count_losses(), store.imports(), store.last_finished(), store.claims()) == (0, {}, None, {})
+    assert begin(judged, "second", [judged.folder / "first"]), "the honest one is taken over after it"
+
+
+def test_a_single_record_is_begun_from_and_its_losses_come_along(judged):
+    path, record = newest(judged, "first")
+    alone = judged.folder / "alone" / path.name
+    alone.parent.mkdir()
+    shutil.copy(path, alone)
+    assert begin(judged, "second", [alone])
+    store = stored(judged, "second")
+    assert store.last_finished() == store.taken_over() == record.head.block
+    assert store.count_losses() == 3 * TEXTS
+
+
+def test_models_that_are_not_served_any_more_are_left_out(judged, events):
+    judged.hub.faults.set(Fault(r"GET .*/ann/model/.*safetensors", status=503))
+    assert begin(judged, "second", [judged.folder / "first"])
+    assert stored(judged, "second").count_losses() == 2 * TEXTS
+    assert sum("left out" in sentence for sentence in said(events, "warm_start")) == 1
+    judged.hub.faults.set(Fault(r"GET .*/(ann|ben|cat)/model/.*safetensors", status=503))
+    with pytest.raises(Unavailable):
+        begin(judged, "third", [judged.folder / "first"])
+    assert stored(judged, "third").count_losses() == 0
+
+
+@pytest.mark.timeout(300)
+def test_a_new_validator_is_at_work_in_the_window_that_is_open(tmp_path, make_checkpoint):
+    """Two real validators on a localnet; the second one starts when the first has judged two windows."""
+    localnet = prepare(tmp_path / "localnet", text.build(default_cache()), block_seconds=0.5, window_blocks=4000)
+    (localnet.competitions / "c01.yaml").unlink()
+    rules = localnet.competitions / "c00.yaml"
+    rules.write_text(rules.read_text().replace("reward_share: 0.5", "reward_share: 1").replace("count: 60", "count: 12"))
+    wallets = tmp_path / "wallets"
+    with localnet.serve():
+        for name in ("val", "new"):
+            localnet.register(name, "default", wallets, validator=True)
+        localnet.register("ann", "default", wallets)
+        shape = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+        forward(localnet, 1)
+        asyncio.run(submitted(localnet, wallets, "ann", make_checkpoint(vocab_size=100_277, **shape)))
+        state, late = tmp_path / "val", tmp_path / "new"
+        flags = ("--dtype", "float32", "--state.dir")
+        one = run("validator", localnet, state, "val", *flags, str(state), "--rounds", "2")
+        for _ in range(2):
+            forward(localnet)
+            until(one, "published")
+        other = run("validator", localnet, late, "new", *flags, str(late), "--rounds", "1", "--warm-start", str(state))
+        until(other, "published")
+        assert [process.wait(60) for process in (one.process, other.process)] == [0, 0]
+        list(other.news())
+    assert [event["measured"] for event in other.events if event["event"] == "evaluated"] == [0]
+    assert [path.name for path in records(state)] == [path.name for path in records(late)], "to the bit"
+    stores = [Store(folder / "store.db", read_only=True) for folder in (state, late)]
+    assert stores[0].publications()[-1][1] == stores[1].publications()[-1][1]
+    (came,) = stores[1].imports().values()
+    assert (came.source, came.cells, came.checked, came.worst) == (str(records(state)[-1]), 12, 12, 0.0)
+
+
+def records(state: Path) -> list[Path]:
+    return sorted((state / "records").iterdir())
+
+
+def forward(localnet: Localnet, blocks: int = 0) -> None:
+    """By so many blocks, or until the next window is open."""
+    ledger = Ledger.open(localnet.chain)
+    ledger.advance(blocks or (ledger.head() // 4000 + 1) * 4000 + ledger.finality_lag - ledger.head())
+    ledger.close()
+
+
+def test_what_cannot_be_compared_is_refused(judged, tmp_path):
+    with pytest.raises(Rejected, match="got losses in float32, rule bfloat16, as this validator measures"):
+        begin(judged, "second", [judged.folder / "first"], dtype="bfloat16")
+    rules = judged.folder / "competitions" / "c00.yaml"
+    rules.write_text(rules.read_text().replace("count: 8", "count: 7"))
+    with pytest.raises(Rejected, match=r"rule 7 texts, the first .*, drawn here"):
+        begin(judged, "second", [judged.folder / "first"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Rejected, match="rule files or folders with round records"):
+        begin(judged, "second", [tmp_path / "empty"])
+    assert stored(judged, "second").count_losses() == 0

@@ -28,6 +28,8 @@ _LONG = (
     "test_the_demo_tells_its_story",
     "test_a_validator_killed_at_every_stage_ends_where_an_undisturbed_one_does",
     "test_two_miners_take_the_crown_from_each_other",
+    "test_a_validator_ends_in_time_at_every_stage_and_goes_on",
+    "test_a_new_validator_is_at_work_in_the_window_that_is_open",
     "test_a_thousand_operations_under_random_faults_lose_nothing_and_write_nothing_twice",
 )
 """Tests of minutes, most of them waiting for blocks."""

@@ -38,7 +38,7 @@ WITHIN_S = 10.0
 # --- the rule, with programs of a few lines ---------------------------------------------------------------------------
 
 PROGRAM = """
-import asyncio, os, sys, time
+import asyncio, signal, sys, time
 from neurons.ending import Stop
 from sn29 import telemetry
 from sn29.errors import Unavailable
@@ -76,6 +76,13 @@ async def break_while_it_ends(stop):
         await wait(stop)
     finally:
         raise ZeroDivisionError
+
+async def lose_the_handler(stop):
+    stop.left = "a handler"
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a library puts its own in our place, as Ray does
+    await asyncio.sleep(1.5)
+    print("up", flush=True)
+    await asyncio.sleep(60)
 
 async def use_what_is_left(stop):
     try:
@@ -124,6 +131,14 @@ def test_a_thread_that_waits_is_not_waited_for():
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 0
     assert errors.splitlines()[-1].endswith("a thread; start again to go on")
+
+
+def test_a_handler_that_a_library_replaces_is_put_back():
+    process = start("lose_the_handler", 10)
+    process.terminate()
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 0
+    assert errors.splitlines()[-1].endswith("a handler; start again to go on")
 
 
 def test_what_is_in_hand_has_the_time_that_is_left():

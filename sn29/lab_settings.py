@@ -234,10 +234,10 @@ class LabGatesSettings(_Settings):
     Which gates of a model's MLPs carry it, which sets of them do so together, and which do nothing. Four measures of one pass
     forward and backward name candidates; these are removed exactly, alone, in pairs and in growing sets; what is found is
     measured on other documents, with 95 % intervals, set to zero and to its mean. Also: massive activations, what each layer
-    carries, and the share of the parameters without which the loss stays within --tolerance. With --recycle, a model is
-    written in which the gates that do nothing have fresh inputs and outputs of zero. MODEL is a folder or
-    NAMESPACE/NAME@REVISION. Exit 1 when the recycled model says anything else than the model without these gates, and then
-    nothing is written.
+    carries, and the share of the parameters without which the loss stays within --tolerance: the 95 % interval of all documents,
+    and what one changes by on average. With --recycle, a model is written in which the gates that do nothing have fresh inputs
+    and outputs of zero. MODEL is a folder or NAMESPACE/NAME@REVISION. Exit 1 when --recycle finds no gates that are shown to do
+    nothing, or the recycled model is anything else than the model without them, and then nothing is written.
     """
 
     model_config = SettingsConfigDict(cli_prog_name="sn29 lab gates")
@@ -251,11 +251,12 @@ class LabGatesSettings(_Settings):
     top: int = _flag(24, "candidates that each measure names", "top", ge=1)
     threshold: float = _flag(15.0, "percent of the loss that a set has to cost", "threshold", ge=0.1)
     largest: int = _flag(8, "most gates of a set", "set-size", ge=2)
-    tolerance: float = _flag(0.1, "percent by which gates that do nothing may change the loss together", "tolerance", ge=0)
+    tolerance: float = _flag(0.5, "percent by which gates that do nothing may change the loss together", "tolerance", ge=0)
     recycle: Path | None = _flag(None, "write the model with its dead gates begun again to this new folder", "recycle")
     seed: int = _flag(29, "seed of the documents, and of the fresh inputs", "seed")
     dtype: Literal["float32", "bfloat16"] = _flag("float32", "type of weights and activations", "dtype")
     device: str = _flag("cpu", "cpu, cuda or cuda:N", "device")
+    memory_gb: float = _flag(0.0, "GB that may be used; 0 = what is free", "memory", ge=0)
     picture: Path | None = _flag(None, "write what each layer carries to this SVG file", "picture")
     threads: int = _flag(2, "CPU threads", "threads", ge=1)
     hub_endpoint: str = _flag(DEFAULT_HUB, "address of the Hub", "hub.endpoint", variables=("HF_ENDPOINT",))

@@ -137,6 +137,7 @@ def test_a_drop_while_reading_is_not_seen(make_net: MakeNet) -> None:
 
 def test_a_silent_node_is_left_at_our_deadline(make_net: MakeNet) -> None:
     net = make_net()
+    net.ledger.advance(100)
 
     async def story(chain: Chain) -> None:
         async with naive(net) as client:
@@ -189,6 +190,7 @@ def test_another_endpoint_answers_for_a_silent_one(make_net: MakeNet) -> None:
 
 def test_a_node_that_is_down_and_comes_back(make_net: MakeNet) -> None:
     net = make_net()
+    net.ledger.advance(100)
 
     async def story(chain: Chain) -> None:
         async with naive(net) as client:
@@ -254,6 +256,7 @@ def test_a_policy_refusal_is_waited_for_and_no_other_endpoint_bothered(make_net:
 @pytest.mark.parametrize("refusal", ["403", "1008"])
 def test_an_endpoint_that_shuts_us_out_does_not_keep_us_from_the_others(make_net: MakeNet, refusal: str) -> None:
     net = make_net()
+    net.ledger.advance(100)  # what is final is block 0 for the first moments of a ledger
 
     async def story() -> None:
         with LoopbackNode(net.folder / "chain", beacon=net.beacon) as second:

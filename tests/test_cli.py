@@ -179,4 +179,5 @@ def test_a_group_of_commands_says_what_is_in_it():
     assert found.returncode == 0
     assert [line.split()[3] for line in found.stdout.splitlines()] == ["stats", "prune"]
     missed = sn29("lab", "none")
-    assert missed.returncode == 2 and "no command 'lab none'" in missed.stderr
+    assert missed.returncode == 2
+    assert "no command 'lab none'" in missed.stderr

@@ -77,7 +77,8 @@ def test_documents_as_text_and_tokens(byte_tokenizer: Path, tmp_path: Path):
     three = inputs.documents(str(tmp_path), NOWHERE, tokenizer, 3)
     assert three == inputs.documents(str(tmp_path), NOWHERE, tokenizer, 3)
     assert three != inputs.documents(str(tmp_path), NOWHERE, tokenizer, 3, seed=30)
-    assert all(ids == tokenizer.encode(text) for text, ids in three) and {text for text, _ in three} < {*texts}
+    assert all(ids == tokenizer.encode(text) for text, ids in three)
+    assert {text for text, _ in three} < {*texts}
     with pytest.raises(Rejected, match="--text"):
         inputs.documents(str(tmp_path / "none"), NOWHERE, tokenizer, 1)
 

@@ -44,8 +44,8 @@ def test_every_command_and_flag_of_the_readme_exists(command):
     words = shlex.split(command)
     program = words[:2] if words[0] == "python" else words[:1]
     rest = words[len(program) :]
-    pairs = ("localnet", "competitions", "simulate", "data", "study", "bench")
-    verbs = [] if words[0] == "python" else rest[: 2 if rest[0] in pairs else 1]
+    pairs = ("localnet", "competitions", "simulate", "data", "study", "bench", "lab")
+    verbs = [] if words[0] == "python" else rest[: 3 if rest[1:2] == ["vocab"] else 2 if rest[0] in pairs else 1]
     start = [sys.executable, str(ROOT / program[1])] if words[0] == "python" else [sys.executable, "-m", "sn29.cli", *verbs]
     done = subprocess.run([*start, "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

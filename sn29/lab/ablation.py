@@ -30,9 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sn29.errors import Reason, Rejected
 from sn29.evaluation.head import TiledHead, tiles_for
 from sn29.evaluation.packed import Documents, _attention_of, _one_thread_an_operation, _tensors_of
+from sn29.evaluation.profile import Profile
+from sn29.evaluation.streamed import needs
 from sn29.lab.weights import Report, silent
+from sn29.models.config import ModelConfig
 
 Removal = Mapping[int, Tensor]
 """Layer -> bool [I], true where a gate is taken away. An empty one is the model as it is."""
@@ -41,6 +45,8 @@ U = TypeVar("U")
 
 _HEAD_TOKENS = 256
 """Positions whose logits exist at a time in the backward pass: 200 MB with 49,152 entries in float32, gradients included."""
+_GATE_BYTES = 160
+"""Of one gate: five measures and four scores in float32, and the 64-bit places of four scores three times over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,48 @@ def down_of(layer: nn.Module) -> nn.Linear:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """How the work is cut. Tokens."""
+
+    row_tokens: int
+    """Most of a row, but for a document that is longer."""
+    batch_tokens: int
+    """Of all copies that go through a layer together, a thread."""
+
+
+ON_CPU, ON_CUDA = Pieces(128, 1024), Pieces(2048, 16_384)
+"""On a CPU rows of 128 give two threads something to do each where one set is removed from a search of 256 tokens."""
+
+
+def pieces_of(device: str) -> Pieces:
+    return ON_CPU if device == "cpu" else ON_CUDA
+
+
+def needed_bytes(
+    config: ModelConfig, dtype: torch.dtype, device: str, lengths: Sequence[int], *, backward: bool, threads: int = 1
+) -> int:
+    """What a model and its subjects with documents of these lengths take, beside what the libraries take.
+
+    The weights; each thread's batch of copies in a block, and its tile of logits; hidden states before and behind a layer of
+    every token, and three float32 copies of them for `spikes`; and with `backward` what `measure` keeps: what every block made of
+    a row, the logits of a part of it and their gradients, and all measures, scores and places of all gates.
+    """
+    hidden, inner, layers = (config.number(name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    pieces = pieces_of(device)
+    tiles = tiles_for(torch.device(device), config.number("vocab_size"), compiled=False)
+    row = max(min(pieces.row_tokens, sum(lengths)), *lengths)
+    profile = Profile(max(pieces.batch_tokens, row), tiles, "documents")
+    found = needs(config, dtype, profile, row, threads if device == "cpu" else 1).resident
+    found += sum(lengths) * hidden * (2 * dtype.itemsize + 12)
+    if not backward:
+        return found
+    heads = config.number("num_attention_heads")
+    attention = 5 * heads * config.head_dim + 6 * config.number("num_key_value_heads", heads) * config.head_dim
+    found += layers * row * ((attention + 5 * inner + 4 * hidden) * dtype.itemsize + 24 * hidden)
+    return found + _HEAD_TOKENS * config.number("vocab_size") * (dtype.itemsize + 16) + layers * inner * _GATE_BYTES
+
+
 class Subject:
     """A model and the documents on which its gates are judged."""
 
@@ -105,24 +153,20 @@ class Subject:
         model: PreTrainedModel,
         documents: Sequence[Sequence[int]],
         start_token: int,
+        pieces: Pieces = ON_CPU,
         *,
-        row_tokens: int = 256,
-        batch_tokens: int = 1024,
         threads: int = 1,
     ) -> None:
-        """Documents of at least one token each, in rows of at most `row_tokens` tokens, or one alone where it is longer.
-
-        `batch_tokens`: tokens of all copies that go through a layer together, a thread. The weights get no gradient any more.
-        """
+        """Documents of at least one token each. The weights get no gradient any more."""
         self.model, self.device = model.requires_grad_(False).eval(), model.device
         self.lengths = tuple(len(ids) for ids in documents)
         self.num_tokens = sum(self.lengths)
-        self.batch_tokens = batch_tokens
+        self.batch_tokens = pieces.batch_tokens
         self.threads = threads if self.device.type == "cpu" else 1
         self._base: Any = model.base_model
         self.layers: list[nn.Module] = list(self._base.layers)
         self._norm: nn.Module = self._base.final_layernorm if hasattr(self._base, "final_layernorm") else self._base.norm
-        self._rows = [*self._in_rows(documents, start_token, row_tokens)]
+        self._rows = [*self._in_rows(documents, start_token, pieces.row_tokens)]
         self._kept: tuple[int, list[Tensor]] | None = None
         self.means: Tensor | None = None
         """What a gate is replaced by in a mean ablation, [L, I]: its mean over all tokens of the documents that `measure` saw."""
@@ -148,7 +192,7 @@ class Subject:
         """float64 [removals, N]: nats of each document behind the start token, every token scored.
 
         `mean`: a removed gate gives its mean (`means`) instead of 0. Removals are taken in the order of their first layers, so
-        that the hidden states before one layer are kept at a time.
+        that the hidden states before one layer are kept at a time. Raises Rejected(NOT_FINITE) for a loss that is no number.
         """
         if mean and self.means is None:
             raise ValueError("no means: measure first")
@@ -168,6 +212,7 @@ class Subject:
                     found[torch.tensor(some)[:, None], torch.tensor(row.numbers)] = nats
                 done += len({n for _, _, some in work for n in some})
                 report(done, len(removals))
+        _check_losses(found, removals)
         return found
 
     def _pieces(self, first: int, numbers: list[int]) -> list[tuple[_Row, Tensor, list[int]]]:
@@ -243,7 +288,10 @@ class Subject:
     # --- one pass -----------------------------------------------------------------------------------------------------
 
     def measure(self, report: Report = silent) -> Measures:
-        """What a forward and a backward pass over all documents tell of each gate; `means` are there from then on."""
+        """What a forward and a backward pass over all documents tell of each gate; `means` are there from then on.
+
+        Raises Rejected(NOT_FINITE) for a gate or gradient that float32 does not hold the square of.
+        """
         found = Measures(*(torch.zeros(self.num_layers, self.width, device=self.device) for _ in range(5)))
         with _attention_of(self.model, "sn29_documents"), _one_thread_an_operation(self.device), contextlib.ExitStack() as hooks:
             for number, layer in enumerate(self.layers):
@@ -253,6 +301,12 @@ class Subject:
                 hidden = self._norm(self._through(row, embedded, 0, self.num_layers))
                 hidden.backward(self._backward_of_head(hidden[0].detach(), row.asked)[None])
                 report(done + 1, len(self._rows))
+        for name in ("squares", "fisher", "first_order", "total"):
+            wrong = (~getattr(found, name).isfinite()).nonzero().tolist()
+            if wrong:
+                raise Rejected(
+                    Reason.NOT_FINITE, f"gate {wrong[0][1]} of layer {wrong[0][0]}", "finite activations and gradients"
+                )
         self.means = found.total / self.num_tokens
         return found
 
@@ -286,6 +340,14 @@ class Subject:
                     value = float(hidden[order[0], dimension])
                     found.append(Spike(layer, dimension, value, median, tuple(places[at] for at in order)))
         return sorted(found, key=lambda spike: -spike.ratio)
+
+
+def _check_losses(nats: Tensor, removals: Sequence[Removal]) -> None:
+    """nats [removals, N]. Raises Rejected(NOT_FINITE)."""
+    for number, document in (~nats.isfinite()).nonzero().tolist()[:1]:
+        gone = sum(int(mask.sum()) for mask in removals[number].values())
+        got = f"a loss of {float(nats[number, document])} for document {document + 1}" + f" without {gone} gates" * bool(gone)
+        raise Rejected(Reason.NOT_FINITE, got, "finite losses")
 
 
 def _replacing(layer: int, now: threading.local, instead: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:

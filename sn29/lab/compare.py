@@ -269,12 +269,17 @@ def _group(name: str, sizes: Sequence[int], first: Sequence[float], second: Sequ
 
 
 def ratio_interval(first: Sequence[float], second: Sequence[float]) -> Interval | None:
-    """95 % of 100 (sum of second / sum of first - 1), over documents (or items) that both have; None for fewer than FEW.
+    """`jackknife_interval`; None for fewer than FEW."""
+    return jackknife_interval(first, second) if len(first) >= FEW else None
+
+
+def jackknife_interval(first: Sequence[float], second: Sequence[float]) -> Interval | None:
+    """95 % of 100 (sum of second / sum of first - 1), over documents (or items) that both have; None for fewer than two.
 
     The module says what it is and how often it errs.
     """
     total = math.fsum(first)
-    if len(first) < FEW or max(first) == total:
+    if max(first, default=0.0) == total:
         return None
     ratio = math.fsum(second) / total
     moved = math.fsum(((b - ratio * a) / (total - a)) ** 2 for a, b in zip(first, second, strict=True))

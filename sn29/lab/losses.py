@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,11 +18,11 @@ from sn29.evaluation.head import MakeHead, TiledHead, Tiles, tiles_for
 from sn29.evaluation.packed import Profile, all_nats_packed, profile_for
 from sn29.evaluation.profile import ROW_TOKENS
 from sn29.evaluation.streamed import config_of, free_memory, needs_streaming, streamed_nats
+from sn29.lab.compare import jackknife_interval
 from sn29.lab.weights import Report, silent
 from sn29.models import checkpoint
 from sn29.models.config import ModelConfig
-from sn29.training.study_results import Interval as Interval
-from sn29.training.study_results import bootstrap
+from sn29.training.study_results import Interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -177,8 +176,8 @@ class Change:
     after: float
     percent: float
     """100 (after / before - 1)."""
-    interval: Interval
-    """Of `percent`, 95 % over documents: paired bootstrap of 2,000 draws, always the same ones."""
+    interval: Interval | None
+    """Of `percent`, 95 % over documents, as `compare.jackknife_interval`."""
     largest: float
     """Of one document: the largest |after / before - 1|."""
 
@@ -186,13 +185,18 @@ class Change:
     def relative(self) -> float:
         return self.after / self.before - 1
 
+    @property
+    def is_above_zero(self) -> bool:
+        """All of the interval."""
+        return self.interval is not None and self.interval.low > 0
+
+    def is_within(self, percent: float) -> bool:
+        """All of the interval, up and down; also where no document changes at all."""
+        return not self.largest or (self.interval is not None and max(-self.interval.low, self.interval.high) <= percent)
+
 
 def change(before: Sequence[float], after: Sequence[float]) -> Change:
-    """The difference that a change made to the nats of documents, by document."""
-    a, b = np.array(after, dtype=np.float64), np.array(before, dtype=np.float64)
-    ones = np.ones(len(b))
-    some = b > 0
-    largest = float(np.abs(a[some] / b[some] - 1).max()) if some.any() else 0.0
-    return Change(
-        float(b.sum()), float(a.sum()), float(100 * (a.sum() / b.sum() - 1)), bootstrap([(a, ones)], [(b, ones)]), largest
-    )
+    """The difference that a change made to the nats of documents, by document. Some of them have to have a loss."""
+    sums = math.fsum(before), math.fsum(after)
+    largest = max(abs(b / a - 1) for a, b in zip(before, after, strict=True) if a > 0)
+    return Change(*sums, 100 * (sums[1] / sums[0] - 1), jackknife_interval(before, after), largest)

@@ -26,11 +26,12 @@ from torch import Tensor
 from sn29.errors import Reason, Rejected
 from sn29.evaluation.head import TiledHead, Tiles
 from sn29.lab.compare import FEW
-from sn29.lab.losses import Interval, change, document_nats
+from sn29.lab.losses import change, document_nats
 from sn29.lab.vocabulary import Pruned, Vocabulary
 from sn29.lab.weights import Report, Weights, open_weights, silent, with_config
 from sn29.models.config import ModelConfig, strict_json
 from sn29.models.tokenizer import Tokenizer
+from sn29.training.study_results import Interval
 
 ROWS = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 """Tensors that have a row for each id; a tied head is the embedding, Phi's head has a bias."""

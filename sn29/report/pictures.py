@@ -185,7 +185,8 @@ def above(lines: Sequence[Line], along: str, what: str, alt: str, *, doubling: b
         first = math.log2(min(line.x[0] for line in lines)) if doubling else 0.0
         drawn = [Line(n.label, n.colour, [math.log2(x) - first for x in n.x], n.y) if doubling else n for n in lines]
         for line in drawn:
-            axes.plot(line.x, line.y, color=_miner(line.colour), linewidth=2, marker="o" if doubling else "", markersize=4)
+            mark = "o" if doubling else ""
+            axes.plot(line.x, line.y, color=_miner(line.colour), linewidth=2, marker=mark, markersize=4, clip_on=False)
         axes.set_xlim(0, max(line.x[-1] for line in drawn))
         axes.xaxis.set_major_locator(MaxNLocator(9 if doubling else 4, integer=doubling, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{2 ** round(x + first)}" if doubling else _short(x)))
@@ -284,7 +285,7 @@ def never_seen(megabytes: Sequence[float], shares: Sequence[float], alt: str) ->
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{2.0**x:g}" if x >= 0 else f"1/{2.0**-x:g}"))
         axes.set_xlabel("MB of text")
-        axes.set_title("% never seen", loc="left", fontsize=11, color=_MUTED, x=-0.06, pad=4)
+        axes.set_title("% never seen", loc="left", fontsize=11, color=_MUTED, x=-0.06, pad=11)
         axes.annotate(
             f"{shares[-1]:.1f}", (math.log2(megabytes[-1]), shares[-1]), (0, 8), textcoords="offset points", ha="center",
             color=_INK, fontsize=11,
@@ -322,43 +323,57 @@ def gates(
     sets: Sequence[tuple[int, float, str]],
     shares: Sequence[float],
     costs: Sequence[float],
+    moved: Sequence[float],
     tolerance: float,
     alt: str,
 ) -> str:
-    """Two panels, the loss in percent on a log scale, from 0.1 on: by layer, and against the share of all gates removed.
+    """Two panels, the change of the loss in percent on a log scale beyond -0.1 and 0.1: by layer, and by share of gates removed.
 
-    By layer: its whole MLP removed (bars), its least 90 % (dots), and the named sets: (layer, percent, names).
+    By layer: its whole MLP removed (bars), its least 90 % (dots), and the named sets: (layer, percent, names). By share: of all
+    documents (`costs`) and of one, up or down (`moved`).
     """
-    low, height = 0.1, 520
+    linear, height = 0.1, 520
     with _figure(WIDTH, height) as figure:
         upper, lower = _axes(figure, 44, 300, WIDTH - 56, 190), _axes(figure, 44, 40, WIDTH - 56, 190)
-        top = 4 * max([*whole, *costs, *(percent for _, percent, _ in sets), 10.0])
+        values = [*whole, *least, *costs, *moved, *(percent for _, percent, _ in sets)]
+        low, top = min(-linear, 2 * min(values)), 4 * max(*values, 10.0)
+        powers = [10.0**n for n in range(-1, 1 + int(math.log10(top)))]
         for axes, title in ((upper, "% more loss, by layer"), (lower, "% more loss, by share of all gates removed")):
             _grid(axes)
-            axes.set_yscale("log")
+            axes.set_yscale("symlog", linthresh=linear, linscale=0.4)
             axes.set_ylim(low, top)
-            axes.set_yticks([10.0**n for n in range(-1, 1 + int(math.log10(top)))])
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.set_yticks([*(-power for power in reversed(powers) if -power >= low), 0.0, *powers])
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
             axes.minorticks_off()
+            axes.axhline(0, color=_MUTED, linewidth=1)
             axes.set_title(title, loc="left", fontsize=11, color=_MUTED, pad=4, x=-0.1)
-        upper.bar(range(len(whole)), [max(low, x) for x in whole], 0.7, color=_miner(GREY), alpha=0.45, label="whole MLP")
-        upper.plot(range(len(least)), [max(low, x) for x in least], "o", color=_miner(0), markersize=4, label="its least 90 %")
-        for right in (False, True):  # names left of the markers in the last third, else right of them; none on another
-            side = [(layer, percent, name) for layer, percent, name in sets if (layer > 0.6 * len(whole)) == right]
-            ups = [190 * math.log(max(low, percent) / low) / math.log(top / low) for _, percent, _ in side]
-            for (layer, percent, name), at, up in zip(side, ups, spread(ups, 14, 4, 186) if side else [], strict=True):
-                upper.plot([layer], [max(low, percent)], "D", color=_miner(1), markersize=6)
-                upper.annotate(
-                    name, (layer, max(low, percent)), (-8 if right else 8, up - at), textcoords="offset points",
-                    ha="right" if right else "left", va="center", color=_miner(1), fontsize=11,
-                )  # fmt: skip
+        upper.bar(range(len(whole)), whole, 0.7, color=_miner(GREY), alpha=0.45, label="whole MLP")
+        upper.plot(range(len(least)), least, "o", color=_miner(0), markersize=4, label="its least 90 %")
+        _name_sets(upper, sets, len(whole))
         upper.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+        lower.plot(shares, moved, color=_miner(GREY), linewidth=5, alpha=0.5, label="one document, up or down")
+        lower.plot(shares, costs, color=_miner(0), linewidth=2, marker="o", markersize=3, label="all documents")
+        for bound in (-tolerance, tolerance):
+            lower.axhline(bound, color=_MUTED, linewidth=1, linestyle=(0, (4, 1.6)))
         upper.legend(frameon=False, fontsize=11, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, labelcolor=_INK)
-        lower.plot(shares, [max(low, x) for x in costs], color=_miner(0), linewidth=2, marker="o", markersize=3)
-        lower.axhline(max(low, tolerance), color=_MUTED, linewidth=1, linestyle=(0, (4, 1.6)))
+        lower.legend(frameon=False, fontsize=11, loc="upper left", labelcolor=_INK)
         lower.set_xlim(0, 100)
         lower.set_xlabel("% of the gates, the least important first")
         return _svg(figure, "gates", alt)
+
+
+def _name_sets(axes: Axes, sets: Sequence[tuple[int, float, str]], layers: int) -> None:
+    """Markers, with names left of them in the last third of the layers, else right of them; none lies on another."""
+    bottom, top = (axes.transData.transform((0, limit))[1] for limit in axes.get_ylim())
+    for right in (False, True):
+        side = [(layer, percent, name) for layer, percent, name in sets if (layer > 0.6 * layers) == right]
+        ups = [190 * (axes.transData.transform((0, percent))[1] - bottom) / (top - bottom) for _, percent, _ in side]
+        for (layer, percent, name), at, up in zip(side, ups, spread(ups, 14, 4, 186) if side else [], strict=True):
+            axes.plot([layer], [percent], "D", color=_miner(1), markersize=6)
+            axes.annotate(
+                name, (layer, percent), (-8 if right else 8, up - at), textcoords="offset points",
+                ha="right" if right else "left", va="center", color=_miner(1), fontsize=11,
+            )  # fmt: skip
 
 
 def standalone(svg: str) -> str:

@@ -16,6 +16,7 @@ from sn29.lab.losses import Taken, change, document_nats, layer_by_layer, of_mod
 from sn29.lab.weights import open_weights
 from sn29.models import checkpoint
 from sn29.models.config import parse_config
+from sn29.training.study_results import Interval
 
 DOCUMENTS = [[(5 * n + m) % 300 for n in range(10 + 7 * m)] for m in range(40)]
 
@@ -84,11 +85,19 @@ def test_tokens_without_a_row_and_no_documents_are_refused(make_checkpoint: Call
 
 
 def test_a_change_is_of_the_sums_with_an_interval_over_documents():
-    """(110 + 210 + 310) / (100 + 200 + 300) = 1.05; the first document changes most, by 10 %."""
+    """(110 + 210 + 310) / (100 + 200 + 300) = 1.05; the first document changes most, by 10 %.
+
+    d = 5, 0, -5: sqrt(2/3 ((5 / 500)^2 + (5 / 300)^2)) = 1.587 %; 600^2 / 140,000 = 2.6 documents count, t at 2 degrees is 4.303.
+    """
     found = change([100.0, 200.0, 300.0], [110.0, 210.0, 310.0])
     assert found.percent == pytest.approx(5.0)
     assert found.relative == pytest.approx(0.05)
     assert found.largest == pytest.approx(0.1)
-    assert 3.2 < found.interval.low < 5.0 < found.interval.high < 10.01
+    assert (found.interval.low, found.interval.high) == pytest.approx((5 - 6.829, 5 + 6.829), abs=0.01)
+    assert (found.is_above_zero, found.is_within(11.8), found.is_within(11.9)) == (False, False, True)
+    assert change([100.0, 200.0, 300.0], [110.0, 220.0, 330.0]).is_above_zero
     same = change([1.0, 2.0], [1.0, 2.0])
-    assert (same.percent, same.interval.low, same.interval.high, same.largest) == (0.0, 0.0, 0.0, 0.0)
+    assert (same.percent, same.interval, same.largest) == (0.0, Interval(0.0, 0.0), 0.0)
+    assert same.is_within(0.0)
+    alone = change([2.0], [2.1])
+    assert (alone.interval, alone.is_above_zero, alone.is_within(100.0)) == (None, False, False)

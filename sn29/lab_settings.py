@@ -171,7 +171,7 @@ class LabLengthsSettings(DataSettings):
     tokens: float = _flag(0.0, "tokens of the training, e.g. 1e9; 0 = as many as there are", "tokens", ge=0)
     row_tokens: int = _flag(4096, "tokens of a row", "row-tokens", ge=1)
     corpus_tokens: tuple[float, ...] = _flag(
-        (), "tokens of all of each SOURCE, where only a part is looked at, which then stands for all", "corpus-tokens"
+        (), "tokens of all of each SOURCE, where what is looked at is a part, which then stands for all", "corpus-tokens"
     )
 
 
@@ -202,7 +202,7 @@ class LabPlanSettings(_Settings):
     batch_tokens: int = _flag(1 << 19, "tokens of a step, on all devices", "batch-tokens", ge=1)
     rows: int = _flag(0, "rows of a micro-batch, on each device; 0 = what is fastest and fits", "rows", ge=0)
     checkpointing: Literal["auto", "on", "off"] = _flag("auto", "activations are computed again in backward", "checkpointing")
-    optimizer: str = _flag("adamw", "adamw, adamw8bit, lion, lion8bit, adafactor, muon, soap, sgd", "optimizer")
+    optimizer: str = _flag("adamw", "adamw, adamw8bit, adamw8bit_ao, lion, lion8bit, adafactor, muon, soap, sgd", "optimizer")
     dtype: Literal["float32", "mixed", "bfloat16"] = _flag(
         "mixed", "mixed: products bfloat16, weights float32, as `sn29 train`; bfloat16: weights and gradients too", "dtype"
     )

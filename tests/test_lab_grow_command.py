@@ -251,6 +251,9 @@ def test_names_in_brackets_are_no_markup(model: Model, text: Path, tmp_path: Pat
 def test_the_steps_of_the_ramp_with_a_config_each(phi3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """c01's file raises limits.parameters from 3.9e9 to 6.9e9 in steps of 0.25e9 from block 10,080,000 on."""
     words = f"lab grow {phi3} --schedule c01 --competitions.dir {COMPETITIONS} --out {tmp_path / 'steps'}"
+    assert main(shlex.split(f"{words} --picture {tmp_path}/none/a.svg")) == 1
+    assert "none/a.svg" in capsys.readouterr().err
+    assert not (tmp_path / "steps").exists(), "the same command with another place for the picture is not refused"
     assert main(shlex.split(words)) == 0
     table = capsys.readouterr().out
     assert "10,281,600" in table

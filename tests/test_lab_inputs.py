@@ -101,3 +101,9 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path, place: str
 
 def test_a_command_line_can_be_typed_again():
     assert inputs.command_line("lab grow", ["a model", "--layers", "3"]) == "sn29 lab grow 'a model' --layers 3"
+
+
+def test_work_is_told_of_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]):
+    with inputs.progress("reading all of it") as report:
+        report(1, 2)
+    assert capsys.readouterr().err == "  reading all of it\n"

@@ -92,10 +92,10 @@ def deepen(weights: Weights, layers: int, place: Place = "interleaved", *, after
     old = weights.config.number("num_hidden_layers")
     if layers < old:
         raise Rejected(Reason.SETTING, f"{layers} layers", f"at least the {old} that there are", "--layers")
+    config, raw = with_config(weights.raw, {"num_hidden_layers": layers})  # before a list of any length is made
     sources = _sources(old, layers, place, after)
     is_new = place in ("interleaved", "top")
     fresh = {number for number, source in enumerate(sources) if source in sources[:number]} if is_new else set()
-    config, raw = with_config(weights.raw, {"num_hidden_layers": layers})
     origin = {}
     for name in replace(weights, config=config).shapes:
         found = _LAYER.fullmatch(name)

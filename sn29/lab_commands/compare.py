@@ -66,7 +66,7 @@ def compare(words: list[str]) -> int:
     if len(settings.models) < 2:
         raise Rejected(Reason.SETTING, f"{len(settings.models)} models", "at least two", "MODEL")
     if not settings.documents and not settings.tasks:
-        raise Rejected(Reason.SETTING, "--documents 0 and no --tasks", "documents, tasks or both", "sn29 lab compare")
+        raise Rejected(Reason.SETTING, "--documents 0 and no --tasks", "documents, tasks or both")
     if settings.picture is not None:
         check_place(settings.picture)
     if settings.device == "cuda" and not _has_cuda():

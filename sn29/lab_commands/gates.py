@@ -58,7 +58,7 @@ def gates(words: list[str]) -> int:
 
     settings = read(LabGatesSettings, words)
     if not settings.model:
-        raise Rejected(Reason.SETTING, "no MODEL", "a folder or NAMESPACE/NAME@REVISION", "sn29 lab gates")
+        raise Rejected(Reason.SETTING, "no MODEL", "a folder or NAMESPACE/NAME@REVISION")
     from sn29.evaluation.streamed import config_of
     from sn29.lab.weights import check_free
     from sn29.lab_commands.inputs import check_place, command_line, model_folder, tokenizer_of

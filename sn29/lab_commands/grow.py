@@ -98,13 +98,13 @@ def _check(settings: LabGrowSettings) -> None:
     flags = [f"--{name.replace('_', '-')}" for name in _FLAGS if getattr(settings, name)] + ["--untie"] * settings.untie
     asked = [flag for flag, given in (("--to", settings.to), ("--schedule", settings.schedule)) if given]
     if not settings.model:
-        raise Rejected(Reason.SETTING, "no MODEL", "a folder, NAMESPACE/NAME@REVISION or a config.json", "sn29 lab grow")
+        raise Rejected(Reason.SETTING, "no MODEL", "a folder, NAMESPACE/NAME@REVISION or a config.json")
     if len(asked) + bool(flags) != 1:
         got = " and ".join([*asked, *flags]) or "nothing to grow"
         limit = "one of --to, --schedule, or sizes such as --layers and --intermediate"
-        raise Rejected(Reason.SETTING, got, limit, "sn29 lab grow")
+        raise Rejected(Reason.SETTING, got, limit)
     if settings.out is None and not (settings.dry_run or settings.schedule):
-        raise Rejected(Reason.SETTING, "no --out", "a new folder for the model, or --dry-run", "sn29 lab grow")
+        raise Rejected(Reason.SETTING, "no --out", "a new folder for the model, or --dry-run")
     if not all(word.isdecimal() for word in settings.after):
         raise Rejected(Reason.SETTING, ",".join(settings.after), "numbers of layers, from 0, with commas between", "--after")
     _check_effect(settings)
@@ -144,7 +144,7 @@ def _asked(base: Weights, settings: LabGrowSettings) -> Grown:
     found = _made(base, settings)
     if found.weights.shapes == base.shapes:
         got = f"a model that has this already, and {base.num_parameters:,} parameters"
-        raise Rejected(Reason.SETTING, got, "something to grow", "sn29 lab grow")
+        raise Rejected(Reason.SETTING, got, "something to grow")
     return found
 
 
@@ -311,10 +311,12 @@ def _schedule(settings: LabGrowSettings) -> int:
     from neurons.adapters import parse_texts, read_texts
     from sn29.lab.growth_plan import cost, schedule
     from sn29.lab.weights import check_free
-    from sn29.lab_commands.inputs import say
+    from sn29.lab_commands.inputs import check_place, say
 
     if settings.out is not None:
         check_free(settings.out)
+    if settings.picture is not None:
+        check_place(settings.picture)
     files = parse_texts(read_texts(settings.competitions_dir)).files
     if settings.schedule not in files:
         raise Rejected(Reason.SETTING, settings.schedule, ", ".join(files), "--schedule")

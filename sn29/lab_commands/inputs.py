@@ -8,6 +8,7 @@ import secrets
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 256
 """Documents that are tokenised together."""
+_BETWEEN_LINES_S = 30.0
 _LINKED: list[tempfile.TemporaryDirectory[str]] = []
 """Folders of links that live as long as the process."""
 
@@ -214,14 +216,33 @@ def command_line(name: str, words: Sequence[str]) -> str:
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error while the block runs; report(done, of) moves it (of 0: not known)."""
+    """A bar on standard error while the block runs; report(done, of) moves it (of 0: not known).
+
+    Where that is no terminal: a line at the start, and every half minute.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    if not sys.stderr.isatty():
+        yield _lines(what)
+        return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task(what, total=None)
         yield lambda done, of: shown.update(task, completed=done, total=of or None)
+
+
+def _lines(what: str) -> Callable[[int, int], None]:
+    print(f"  {what}", file=sys.stderr)
+    told = time.monotonic()
+
+    def report(done: int, of: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= _BETWEEN_LINES_S:
+            told = time.monotonic()
+            print(f"  {what}: {done:,}{f' of {of:,}' if of else ''}", file=sys.stderr)
+
+    return report
 
 
 def new_table(*names: str) -> Table:

@@ -50,10 +50,13 @@ class Answer:
 def lengths(words: list[str]) -> int:
     """Always 0: lengths are neither right nor wrong."""
     from sn29.data_command import read_sources
+    from sn29.lab_commands.inputs import check_place, write_picture
     from sn29.lab_settings import LabLengthsSettings
     from sn29.settings import read
 
     settings = read(LabLengthsSettings, words)
+    if settings.picture is not None:
+        check_place(settings.picture)
     packages = not settings.sources and not settings.competition
     tokenizer, found = read_sources(_of_packages(settings) if packages else settings)
     if packages:
@@ -65,8 +68,6 @@ def lengths(words: list[str]) -> int:
     if len(found) > 1:  # a document of each stands for as many as its source says
         answers.append(_answer(found[-1], np.repeat(scales, [len(each.lengths) for each in sources]), settings, unit))
     if settings.picture is not None:
-        from sn29.lab_commands.inputs import write_picture
-
         write_picture(settings.picture, _picture(answers[-1]))
     if settings.json_output:
         print(json.dumps([_finite(asdict(answer)) for answer in answers], indent=1, allow_nan=False))
@@ -96,10 +97,10 @@ def _scales(found: Sequence[Read], settings: LabLengthsSettings) -> list[float]:
         total, all_of_it = sum(each.lengths), given[number] if given else 0.0
         if not each.is_all and not given:
             got = f"{len(each.lengths):,} documents of {each.name}, which has more"
-            raise Rejected(Reason.SETTING, got, f"{flag} with what all of it has, or --max-documents 0", "sn29 lab lengths")
+            raise Rejected(Reason.SETTING, got, f"{flag} with what all of it has, or --max-documents 0")
         if given and not total <= all_of_it < math.inf:
             raise Rejected(Reason.SETTING, f"{all_of_it:,.0f}", f"{total:,} or more: so many were read of {each.name}", flag)
-        scales.append(1.0 if each.is_all else all_of_it / total)
+        scales.append(all_of_it / total if given else 1.0)
     return scales
 
 

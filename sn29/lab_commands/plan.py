@@ -56,6 +56,7 @@ class Planned:
 
 def plan(words: list[str]) -> int:
     """Exit 0; 1 where the plan is further than it says from what was measured, here or by others."""
+    from sn29.lab_commands.inputs import check_place, write_picture
     from sn29.lab_settings import LabPlanSettings
     from sn29.settings import read
 
@@ -71,10 +72,10 @@ def plan(words: list[str]) -> int:
     if not settings.models:
         raise Rejected(Reason.SETTING, "no model", "a size as 6.9B, a config.json, a folder, or NAMESPACE/NAME@REVISION", "MODEL")
     _check(settings)
+    if settings.picture is not None:
+        check_place(settings.picture)
     found = [_planned(word, settings) for word in settings.models]
     if settings.picture is not None:
-        from sn29.lab_commands.inputs import write_picture
-
         write_picture(settings.picture, _picture(found))
     if settings.json_output:
         print(json.dumps([_as_json(each, settings) for each in found], indent=1, allow_nan=False))

@@ -82,7 +82,7 @@ def prune(words: list[str]) -> int:
     settings = read(LabVocabPruneSettings, words)
     if not settings.model or settings.out is None:
         missing = "MODEL" if not settings.model else "--out"
-        raise Rejected(Reason.SETTING, f"no {missing}", "a model and a new folder for --out", "sn29 lab vocab prune")
+        raise Rejected(Reason.SETTING, f"no {missing}", "a model and a new folder for --out")
     _check_out(settings.out)
     work = prepared(settings, words)
     made = work.write()

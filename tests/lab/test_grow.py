@@ -274,6 +274,7 @@ REFUSED: dict[str, tuple[str, Callable[[Weights], object], str]] = {
     "untied-already": (LLAMA, grow.untie, "not tied"),
     "smallest-eps": (LLAMA, lambda w: grow.widen_hidden(with_eps(w, 1e-12), 44), "shrink to 7.27e-13, by 32 / 44"),
     "too-many-layers": (LLAMA, lambda w: grow.deepen(w, 129), "num_hidden_layers"),
+    "layers-that-no-list-holds": (LLAMA, lambda w: grow.deepen(w, 10**12), "num_hidden_layers"),
 }  # fmt: skip
 
 

@@ -22,6 +22,9 @@ def demo(words: list[str]) -> int:
     if not settings.steps:
         check_training(ended)
     print(f"\nThe page with curves, win matrix and weights: {page}")
+    state, rules = ended.folder / "validator", ended.folder / "localnet" / "competitions"
+    print(f"As an operator sees it: sn29 report --state.dir {state} --competitions.dir {rules} --serve 127.0.0.1:2929")
+    print(f"Why a miner got what it got: sn29 explain HOTKEY --records {state / 'records'}")
     if settings.open_page:
         import webbrowser
 

@@ -38,8 +38,9 @@ from sn29.store import Imported, StoredLoss
 from sn29.telemetry import stage, tell, warn
 
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-3}
-"""Largest difference of one loss between machines, as a share of it (at least 1 nat a token counts): twice what was measured
-between profiles, and for bfloat16 half of the smallest advantage by which a model wins. On one kind of machine it is 0."""
+"""Largest difference of one loss between machines, as a share of it (at least 1 nat a token counts): for float32 what the engine's
+own tests allow between profiles (1e-5), for bfloat16, of which some 1e-4 are known (performance of one model on two devices; not
+measured here), four times the least advantage (5e-4) by which a model wins. On one kind of machine it is 0."""
 _SHARES = (0.01, 0.05)
 
 

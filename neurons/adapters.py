@@ -198,7 +198,7 @@ class RulesReader:
     def look_again(self) -> None:
         """Takes over files that changed, if they are good; what is refused is said once, when it is first seen.
 
-        Called between rounds: a round is planned and run under the same rules. From which block on they hold: `sn29.changeover`.
+        From which block on they hold says `sn29.changeover`; a round that is worked on keeps its rules.
         """
         if self._settings.competitions_git:
             return  # a commit does not change

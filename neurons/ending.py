@@ -5,6 +5,9 @@
     in time   what has not ended LAST_S before the time is over is left as a kill would leave it: exit status 0 too
     second    the process ends where it is: 130 or 143, as a shell says it
 
+Signals are heard in a thread: Python calls handlers between two lines of the main one, which may be in one call of C for a minute
+(a copy of a large store), and C itself writes the signal's number to a pipe at once.
+
 A cut is safe because a kill is: whatever must not be lost was flushed before it was counted as done, and files are written
 beside their place and renamed. So threads that wait for the Hub or write a file that nobody relies on yet are not waited for.
 """
@@ -16,9 +19,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import FrameType
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from sn29 import telemetry
@@ -34,6 +37,10 @@ _LISTEN_S = 0.5
 """Pause after which the handlers are set again: Ray, when it is started, puts one in their place that aborts the process 3 s
 after a SIGTERM, whatever it is doing then."""
 _THREADS = "sn29-work"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+"""Else a child that is forked, and sent a signal, would tell its parent to end."""
 
 
 class Stop:
@@ -43,8 +50,7 @@ class Stop:
         """program: `validator` or `miner`, for the lines. within_s: seconds from the first signal to the end."""
         self._program, self._within_s = program, within_s
         self._asked_at: float | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._cancel: Callable[[], object] = lambda: None
         self.left = "nothing was begun"
         """What the program leaves behind, in words: it keeps this up to date, at the latest when it is cancelled."""
 
@@ -59,31 +65,26 @@ class Stop:
 
     def run(self, program: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
         """Returns when the program has ended, by itself or by a signal. Raises what it raises, unless a signal came first."""
-        before = self._listen()
-        try:
+        with self._ears():
             asyncio.run(self._watch(program))
-        finally:
-            if not self.is_asked():  # afterwards ours stay: the process is ending, and a late signal changes nothing
-                for number, handler in before.items():
-                    signal.signal(number, handler)
 
     async def _watch(self, program: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
-        self._loop = asyncio.get_running_loop()
         threads = ThreadPoolExecutor(thread_name_prefix=_THREADS)
-        self._loop.set_default_executor(threads)
-        if self.is_asked():
-            self._say_that_it_ends()
-        else:
-            self._task = asyncio.create_task(program(self))
-            try:
-                while not (await asyncio.wait([self._task], timeout=_LISTEN_S))[0]:
-                    self._listen()
-                self._task.result()
-            except (asyncio.CancelledError, Sn29Error) as error:  # what breaks off while it is stopped is no failure
-                if not self.is_asked():
-                    raise
-                if isinstance(error, Sn29Error):
-                    telemetry.warn("unavailable", str(error))
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(threads)
+        task = asyncio.create_task(program(self))
+        self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+        if self.is_asked():  # before there was anything to cancel
+            task.cancel()
+        try:
+            while not (await asyncio.wait([task], timeout=_LISTEN_S))[0]:
+                self._listen()
+            task.result()
+        except (asyncio.CancelledError, Sn29Error) as error:  # what breaks off while it is stopped is no failure
+            if not self.is_asked():
+                raise
+            if isinstance(error, Sn29Error):
+                telemetry.warn("unavailable", str(error))
         if not self.is_asked():
             return
         threads.shutdown(wait=False, cancel_futures=True)
@@ -101,12 +102,35 @@ class Stop:
 
     # --- signals ------------------------------------------------------------------------------------------------------
 
-    def _listen(self) -> dict[signal.Signals, Any]:
-        """The handlers until now, by signal."""
-        return {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    @contextmanager
+    def _ears(self) -> Iterator[None]:
+        ear, mouth = os.pipe()
+        os.set_blocking(mouth, False)
+        woken = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+        before = self._listen()
+        threading.Thread(target=self._hear, args=(ear,), name="sn29-ears", daemon=True).start()
+        try:
+            yield
+        finally:
+            if not self.is_asked():  # afterwards ours stay: the process is ending, and a late signal changes nothing
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+                signal.set_wakeup_fd(woken)
+                os.close(mouth)
 
-    def _hear(self, number: int, _: FrameType | None) -> None:
-        """In the main thread, between two lines of whatever runs there: not only when the event loop has its turn."""
+    @staticmethod
+    def _listen() -> dict[signal.Signals, Any]:
+        """Puts handlers that do nothing in the place of those that would end the process; these, by signal."""
+        return {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+
+    def _hear(self, ear: int) -> None:
+        """In a thread of its own, until the other end is closed."""
+        while heard := os.read(ear, 1):
+            if heard[0] in _SIGNALS:
+                self._ask(heard[0])
+        os.close(ear)
+
+    def _ask(self, number: int) -> None:
         now = time.monotonic()
         if self._asked_at is not None:
             if now - self._asked_at > _SAME_S:
@@ -119,16 +143,9 @@ class Stop:
             timer = threading.Timer(seconds, end)
             timer.daemon = True
             timer.start()
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._cancel)
-
-    def _cancel(self) -> None:
-        self._say_that_it_ends()
-        if self._task is not None:
-            self._task.cancel()
-
-    def _say_that_it_ends(self) -> None:
         telemetry.tell("stopping", f"a signal asked for it: it ends within {self._within_s:g} s, a second signal ends it at once")
+        with suppress(RuntimeError):  # its loop has ended meanwhile
+            self._cancel()
 
     def _cut(self) -> None:
         """In a thread of its own: the main one is busy with what does not end."""

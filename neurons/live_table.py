@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -90,8 +90,13 @@ class Board:
         with self._lock:
             places = sorted(self.places.items(), key=lambda item: -float(item[1].weight or -1))
         rows = max(3, height - _FRAME - len(warnings))
-        return Group(_head(status), _stages(status), self._table(places, rows), Text(f"last weight set: {self.last_set}"),
-                     *map(_warning, warnings))  # fmt: skip
+        lines = Table.grid(expand=True)  # each part keeps to the width: a line that is wrapped would leave its rest behind
+        lines.add_column(no_wrap=True, overflow="ellipsis")
+        for part in (*_head(status), *_stages(status), self._table(places, rows), f"last weight set: {self.last_set}"):
+            lines.add_row(part)
+        for warned in warnings:
+            lines.add_row(_warning(warned))
+        return lines
 
     def _table(self, places: list[tuple[str, _Place]], rows: int) -> Table:
         table = Table(box=SIMPLE_HEAD, expand=True, show_edge=False)
@@ -110,33 +115,36 @@ class Board:
         return table
 
 
-def _head(status: Status) -> Text:
+def _head(status: Status) -> Iterator[Text]:
     parts = [f"sn29 {status.version}", status.hotkey and f"{status.hotkey[:13]}…", f"up {_span(time.time() - status.started)}"]
     if status.head is not None and status.head_time is not None:
         parts.append(f"block {status.head:,} of {_span(time.time() - status.head_time)} ago")
         if status.next_window is not None:
             parts.append(f"next window in {max(0, status.next_window - status.head):,} blocks")
     parts.append(f"round of block {status.round:,}" if status.round is not None else "no round in hand")
-    return Text(" · ".join(filter(None, parts)), style="bold")
+    yield Text(" · ".join(filter(None, parts)), style="bold")
 
 
-def _stages(status: Status) -> RenderableType:
+def _stages(status: Status) -> Iterator[RenderableType]:
     line = Text()
     for stage in STAGES:
         if stage != "training":
             line.append(stage, style="reverse" if stage == status.stage else "dim").append("  ")
     grid = Table.grid(padding=(0, 1))
+    for _ in range(3):
+        grid.add_column(no_wrap=True, overflow="ellipsis")
     if status.of:
         bar = ProgressBar(total=status.of, completed=status.done, width=24)
         grid.add_row(bar, Text(f"{status.done:,} of {status.of:,}"), Text(clean(status.detail)))
     else:
         grid.add_row(Text(clean(status.detail) or f"for {_span(time.time() - status.stage_started)}", style="dim"))
-    return Group(line, grid)
+    yield line
+    yield grid
 
 
 def _warning(warned: Warned) -> Text:
     when = time.strftime("%H:%M:%S", time.localtime(warned.time))
-    return Text(f"{when} {warned.event}: {warned.sentence}", style="yellow", no_wrap=True, overflow="ellipsis")
+    return Text(f"{when} {warned.event}: {warned.sentence}", style="yellow")
 
 
 def _last_set(found: tuple[int, object] | None, status: Status | None) -> str:
@@ -154,7 +162,7 @@ def _span(seconds: float) -> str:
 @contextmanager
 def shown(folder: Path) -> Iterator[None]:
     """Within, the table stands below what is told. Nothing happens where standard error is no terminal."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)  # what is told stays one line, however narrow the terminal
     if not (sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal):
         yield
         return

@@ -48,7 +48,7 @@ Chosen = TypeVar("Chosen")
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 when all that was asked for is done or a signal ended it, 1 when something was refused, with one line that
-    says what."""
+    says what, 2 for wrong usage."""
     try:
         settings = read(MinerSettings, sys.argv[1:] if arguments is None else arguments)
         telemetry.configure(
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"sn29 miner: {clean(error)}", file=sys.stderr)
         if isinstance(error, Rejected):
             print(f"  what to do: {error.reason.advice}", file=sys.stderr)
-        return 1
+        return error.exit_status
     return 0
 
 

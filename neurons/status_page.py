@@ -17,7 +17,8 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from sn29 import telemetry
-from sn29.settings import NeuronSettings
+from sn29.concealment import without_secrets
+from sn29.settings import NeuronSettings, ValidatorSettings
 
 BEAT_S = 5.0
 """A status that is much older than this is of a program that hangs or has ended."""
@@ -44,7 +45,8 @@ async def beside(settings: NeuronSettings, program: str, folder: Path) -> AsyncI
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        telemetry.leave_status()
+        error = sys.exc_info()[1]
+        telemetry.leave_status("" if error is None or isinstance(error, asyncio.CancelledError) else str(error) or repr(error))
 
 
 async def _beat() -> None:
@@ -57,11 +59,14 @@ async def _serve(settings: NeuronSettings, folder: Path) -> None:
     """Keeps the page's process alive."""
     host = f"[{settings.status_host}]" if ":" in settings.status_host else settings.status_host
     where, pause_s = f"{host}:{settings.status_port}", _FIRST_PAUSE_S
+    git = without_secrets(settings.competitions_git)  # the commit is in the cache: it is not fetched again
     command = [
         sys.executable, "-m", "sn29.cli", "report", "--serve", where, "--state.dir", str(folder.absolute()),
-        "--competitions.dir", str(settings.competitions_dir.absolute()), "--competitions.git", settings.competitions_git,
+        "--competitions.dir", str(settings.competitions_dir.absolute()), "--competitions.git", git,
         "--parent", str(os.getpid()),
     ]  # fmt: skip
+    if isinstance(settings, ValidatorSettings):
+        command += ["--weights.alarm-epochs", str(settings.weights_alarm_epochs)]
     telemetry.tell("status_page", f"status page, metrics and health check on http://{where}/")
     while True:
         began = asyncio.get_running_loop().time()

@@ -464,7 +464,7 @@ class Watch:
     told: Callable[[Progress, Watch], None] | None = None
     seconds: list[float] = field(default_factory=list)
     """Of the last steps."""
-    _log: Any = None
+    _log: telemetry.Curves | None = None
     _peak: float | None = None
 
     def step(self, progress: Progress) -> None:
@@ -486,7 +486,7 @@ class Watch:
     def _to_wandb(self, progress: Progress) -> None:
         if self._log is None:
             about = _about(self.folder)
-            self._log = telemetry.open_wandb(self.settings.wandb, self.folder, about)
+            self._log = telemetry.Curves(self.settings.wandb, self.folder, about)
         values = {
             "loss": progress.loss_per_token, "tokens": progress.tokens_seen, "learning_rate": progress.learning_rate,
             "gradient_norm": progress.gradient_norm, "tokens_per_second": progress.tokens_per_second,

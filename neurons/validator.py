@@ -14,8 +14,9 @@ import os
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from neurons.ending import Stop
 from neurons.status_page import beside
@@ -25,7 +26,7 @@ from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
 from sn29.settings import ValidatorSettings, read
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from neurons.adapters import RulesReader
     from sn29.chain import Chain
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 after --rounds or a signal, 1 when a setting, the wallet or a competition file is wrong."""
+    """Exit status: 0 after --rounds or a signal, 1 when a setting, the wallet or a competition file is wrong, 2: wrong usage."""
     try:
         settings = read(ValidatorSettings, sys.argv[1:] if arguments is None else arguments)
         telemetry.configure(
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             Stop("validator", settings.stop_within_s).run(lambda stop: run(settings, stop))
     except Sn29Error as error:
         print(f"sn29 validator: {clean(error)}", file=sys.stderr)
-        return 1
+        return error.exit_status
     return 0
 
 
@@ -67,13 +68,11 @@ async def run(settings: ValidatorSettings, stop: Stop) -> None:
     from sn29.evaluation.confinement import hide
     from sn29.examination import Machine
     from sn29.hub import Hub
-    from sn29.store import Store
+    from sn29.store import opened
 
     hide()
     RulesReader(settings)  # what is wrong with a file is said before anything is opened
     hub = Hub(settings.hub_endpoint, say=telemetry.warn)
-    lock = alone(settings.state_dir)  # before the store, which may have to be brought up to date
-    store = Store(settings.state_dir / "store.db", say=telemetry.tell)
     machine = Machine(
         models_dir=settings.state_dir / "models",
         records_dir=settings.state_dir / "records",
@@ -85,8 +84,9 @@ async def run(settings: ValidatorSettings, stop: Stop) -> None:
         models_bytes=int(settings.models_gb * 1e9) or None,
         model_bytes=int(settings.evaluation_memory_gb * 1e9) or None,
     )
-    stop.left = _left(store)
-    try:
+    path = settings.state_dir / "store.db"
+    with alone(settings.state_dir), opened(path, say=telemetry.tell) as store:  # which may have to be brought up to date
+        stop.left = _left(store)
         async with beside(settings, "validator", settings.state_dir):
             telemetry.stage("waiting", detail="starting: a model of our own is evaluated first")
             evaluator = await open_evaluator(settings, machine.work_dir)
@@ -94,11 +94,8 @@ async def run(settings: ValidatorSettings, stop: Stop) -> None:
                 await evaluator.self_test(device=settings.device, dtype=settings.dtype, threads=settings.threads)
                 await _judge_and_publish(settings, stop, hub, store, machine, evaluator)
             finally:
-                stop.left = _left(store)
                 await evaluator.close()
-    finally:
-        store.close()
-        lock.close()
+                stop.left = _left(store)
     telemetry.tell("stopped", "nothing is lost: start again to go on")
 
 
@@ -106,7 +103,7 @@ def _left(store: Store) -> str:
     """What the next start goes on with, in words."""
     rounds = [f"the round of block {opened.block} is open" for opened in store.open_rounds()[-1:]]
     sent = [f"weights of the round of block {one.weights.block} are on their way" for m in range(16) for one in store.sent(m)]
-    return "; ".join([*rounds, *sent, f"{store.count_losses():,} losses are kept"])
+    return "; ".join([*rounds, *sent]) or "no round is open"
 
 
 async def _judge_and_publish(
@@ -114,6 +111,7 @@ async def _judge_and_publish(
 ) -> None:
     """Until one of the two loops ends or it is cancelled."""
     from neurons.adapters import RulesReader, Tokenizers, dataset_of, open_chain
+    from sn29 import changeover
     from sn29.examination import Ports
     from sn29.publication import Publisher
     from sn29.round import begin_with
@@ -129,7 +127,7 @@ async def _judge_and_publish(
         pause_s=settings.poll_s,
     )
     try:
-        await _until_it_answers(chain, store, publisher, settings.poll_s)
+        await _until_it_answers(lambda: _belong(chain, store), publisher, settings.poll_s)
         reader = RulesReader(settings, validator=chain.hotkey)
         names = ", ".join(reader.files.files)
         telemetry.tell("started", f"validator {chain.hotkey} on {settings.network}", competitions=names)
@@ -139,28 +137,33 @@ async def _judge_and_publish(
             from sn29.warm_start import warm_start
 
             named = [path.expanduser() for path in settings.warm_start]
-            await warm_start(ports, reader.rules(), named, cells=settings.warm_start_cells)
+            cells = settings.warm_start_cells
+            await _until_it_answers(lambda: warm_start(ports, reader.rules(), named, cells=cells), publisher, settings.poll_s)
         if settings.start_record is not None:
-            await begin_with(ports, record_files.read(settings.start_record))
+            record = record_files.read(settings.start_record)
+            await _until_it_answers(lambda: begin_with(ports, record), publisher, settings.poll_s)
         rounds_done = asyncio.Event()
-        log = telemetry.open_wandb(settings.wandb, settings.state_dir, {"hotkey": chain.hotkey}) if settings.wandb else None
-        rounds = asyncio.create_task(_rounds(settings, ports, reader, rounds_done, log))
+        log = telemetry.Curves(settings.wandb, settings.state_dir, {"hotkey": chain.hotkey}) if settings.wandb else None
+        noted = NotedRules(ports, reader, changeover.software(), asyncio.Lock())
+        await _until_it_answers(noted.look, publisher, settings.poll_s)  # before the publisher notes that we are here
+        rounds = asyncio.create_task(_rounds(settings, noted, rounds_done, log))
+        watching = asyncio.create_task(noted.watch(rounds_done, settings.poll_s))
         publishing = asyncio.create_task(_publish(publisher, stop, settings.poll_s, rounds_done))
         try:
-            await _until_over(rounds, publishing)
+            await _until_over(rounds, publishing, watching)
         finally:
             if log is not None:
-                log.finish()
+                log.finish(min(3.0, stop.left_s))
     finally:
         await chain.close()
 
 
-async def _until_it_answers(chain: Chain, store: Store, publisher: Publisher, poll_s: float) -> None:
-    """Waits for the chain, as it would later on, and checks that it is the store's. Raises Rejected(SETTING)."""
+async def _until_it_answers(step: Callable[[], Awaitable[object]], publisher: Publisher, poll_s: float) -> None:
+    """One step of the start: waits for chain and Hub, as it would later on. Raises what the step raises but Unavailable."""
     pause_s = poll_s
     while True:
         try:
-            await _belong(chain, store)
+            await step()
         except Unavailable as error:
             telemetry.warn("unavailable", str(error))
             publisher.watch()
@@ -178,21 +181,49 @@ async def _belong(chain: Chain, store: Store) -> None:
         telemetry.warn("runtime", f"the chain's runtime is {identity.spec_version} now; it was {before}")
 
 
-async def _rounds(settings: ValidatorSettings, ports: Ports, reader: RulesReader, done: asyncio.Event, log: Any) -> None:
+@dataclass(frozen=True, slots=True)
+class NotedRules:
+    """The competition files, looked at every poll while a round is worked on as well: from which block on new ones hold must not
+    depend on how long a round takes here."""
+
+    ports: Ports
+    reader: RulesReader
+    running: Mapping[str, str]
+    planning: asyncio.Lock
+    """Nothing is noted between the choice of a round's rules and its opening."""
+
+    async def look(self) -> int:
+        """Reads files that changed, and notes what holds from which block on; the final block at which it looked."""
+        from sn29 import changeover
+
+        self.reader.look_again()
+        block = (await self.ports.chain.finalized()).block
+        changeover.note(self.ports.store, block, self.reader.files.texts, self.running, self.reader.rules)
+        return block
+
+    async def watch(self, done: asyncio.Event, poll_s: float) -> None:
+        while not done.is_set():
+            with suppress(Unavailable):  # the publisher tells that the chain does not answer
+                async with self.planning:
+                    await self.look()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(done.wait(), poll_s)
+
+
+async def _rounds(settings: ValidatorSettings, noted: NotedRules, done: asyncio.Event, log: telemetry.Curves | None) -> None:
     """One round after the other, waiting for the chain in between. Each is run by the rules in force at its block."""
     from sn29 import changeover
     from sn29.round import plan_round, run_round
 
-    finished, running, said = 0, changeover.software(), set[int]()
+    finished, said, ports = 0, set[int](), noted.ports
     while not settings.rounds or finished < settings.rounds:
         try:
-            reader.look_again()
-            block = (await ports.chain.finalized()).block
-            changeover.note(ports.store, block, reader.files.texts, running, reader.rules)
-            due = changeover.due(ports.store, block, running, settings.catch_up, reader.rules, said)
-            plan = None
-            if due is not None:
-                plan = await plan_round(ports, due.rules, catch_up=settings.catch_up, since=due.since, last=due.last)
+            async with noted.planning:
+                block = await noted.look()
+                due = changeover.due(ports.store, block, noted.running, settings.catch_up, noted.reader.rules, said)
+                plan = None
+                if due is not None:
+                    plan = await plan_round(ports, due.rules, catch_up=settings.catch_up, since=due.since, last=due.last)
             if due is not None and plan is not None:
                 await _belong(ports.chain, ports.store)
                 began = time.monotonic()
@@ -213,7 +244,7 @@ async def _rounds(settings: ValidatorSettings, ports: Ports, reader: RulesReader
     done.set()
 
 
-async def _log_round(ports: Ports, block: int, log: Any, seconds: float) -> None:
+async def _log_round(ports: Ports, block: int, log: telemetry.Curves, seconds: float) -> None:
     """The finished round as a step of Weights & Biases."""
     from sn29.step_log import step_log
 
@@ -227,20 +258,31 @@ async def _publish(publisher: Publisher, stop: Stop, poll_s: float, rounds_done:
     """Sets weights whenever they are due; ends when the rounds are done and nothing is left to do for their weights."""
     from sn29.publication import Step
 
-    pause_s = poll_s
+    pause_s = 0.0
     while True:
-        last_look = rounds_done.is_set()
         try:
+            await _pause(publisher, pause_s, poll_s)
+            last_look = rounds_done.is_set()
             steps = await _look(publisher, stop)
             if last_look and all(isinstance(step, Step) and step.settled for step in steps.values()):
                 return
             pause_s = poll_s
         except (Unavailable, Rejected) as error:  # no mechanism can be set, e.g. not registered (yet): said until mended
             telemetry.warn("not_published", str(error))
-            pause_s = min(max(2 * pause_s, getattr(error, "retry_s", None) or 0.0), 100 * poll_s)
+            pause_s = min(max(2 * pause_s, 2 * poll_s, getattr(error, "retry_s", None) or 0.0), 100 * poll_s)
         except Exception:  # noqa: BLE001 - the other daemon loop
             telemetry.bug("setting weights failed; it is tried again")
-        await asyncio.sleep(pause_s)
+            pause_s = max(pause_s, poll_s)
+
+
+async def _pause(publisher: Publisher, pause_s: float, poll_s: float) -> None:
+    """However long weights are left alone, the chain is looked at at each poll: it is not what is old then."""
+    while pause_s > poll_s:
+        await asyncio.sleep(poll_s)
+        pause_s -= poll_s
+        with suppress(Sn29Error):
+            await publisher.see()
+    await asyncio.sleep(pause_s)
 
 
 async def _look(publisher: Publisher, stop: Stop) -> Mapping[int, Step | Sn29Error]:
@@ -257,8 +299,8 @@ async def _look(publisher: Publisher, stop: Stop) -> Mapping[int, Step | Sn29Err
         raise
 
 
-def alone(state_dir: Path, rule: str = "a --state.dir of its own") -> TextIO:
-    """A lock that ends with the process, with the process's number in it.
+def alone(state_dir: Path, who: str = "a validator", rule: str = "a --state.dir of its own") -> TextIO:
+    """A lock that ends with the process, with the process's number in it, and `who` it is.
 
     Raises Rejected(SETTING) when another process has it: two validators would set weights twice; and when the folder cannot be
     written to.
@@ -273,12 +315,12 @@ def alone(state_dir: Path, rule: str = "a --state.dir of its own") -> TextIO:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         stream.seek(0)
-        who = stream.read(20).strip()
+        number, _, other = stream.read(200).strip().partition(" ")
         stream.close()
-        got = f"a validator that works in {state_dir}{f' (process {who})' if who else ''}"
+        got = f"{other or 'another process'} that works in {state_dir}{f' (process {number})' if number else ''}"
         raise Rejected(Reason.SETTING, got, rule, "--state.dir") from None
     stream.truncate(0)
-    stream.write(f"{os.getpid()}\n")
+    stream.write(f"{os.getpid()} {who}\n")
     stream.flush()
     return stream
 

@@ -77,11 +77,11 @@ class Report:
 
 def bench_train(words: list[str]) -> int:
     """Exit 0 when every goal that the issue sets for this kind of device is met, 1 otherwise."""
-    import torch
-
     from sn29.settings import BenchTrainSettings, read
 
     settings = read(BenchTrainSettings, words)
+    import torch
+
     if settings.model not in SIZES:
         raise Rejected(Reason.SETTING, settings.model, ", ".join(SIZES), "--model")
     if settings.device == "cuda" and not torch.cuda.is_available():

@@ -5,9 +5,10 @@
     due              what the round that is due is judged by: what holds at its block. Older files are in the store, and used for
                      it; other software cannot judge it, and says from which block on it judges
 
-Validators that get new rules inside one window, sooner or later, restarted or not, so change at the same block. One that was
-away for longer than a window judges the open one by what it has now: the others had it earlier. What everybody should change
-at a block that is further off stands in the files themselves: see `rules.schedule`.
+Validators that get new rules inside one window, sooner or later, restarted or not, so change at the same block, if each looks
+for new files all the time, also while it works on a round. One that was away for longer than a window cannot know what the
+others judge the open one by, and leaves it out. Who gets them in another window changes at another block: what everybody should
+change at once stands in the files themselves with its block, days ahead: see `rules.schedule`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Due:
 
 def software() -> dict[str, str]:
     """Name -> version of what decides the bits of a loss, and what is made of it."""
-    libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    # Without the build that a local part names: 2.9.0+cu126 and 2.9.0+cu128 are the same code.
+    libraries = {name: version(name).partition("+")[0] for name in ("torch", "transformers", "tokenizers", "numpy")}
     return {"rules": str(RULES_VERSION), "engine": str(profile.VERSION), **libraries}
 
 
@@ -49,9 +51,12 @@ def note(store: Store, block: int, texts: Mapping[str, str], running: Mapping[st
     """Notes what a validator has at a final block: its files, and the software that is running."""
     now, kept = RulesKept(0, texts, running), store.rules_kept()
     if not kept:
-        hashes = dict(parse(texts).hashes)
-        began_otherwise = any(one.plan.get("rules", hashes) != hashes for one in store.open_rounds())  # by an older sn29
-        store.keep_rules(RulesKept(_next(parse(texts), block) if began_otherwise else 0, texts, running))
+        rules = parse(texts)
+        opened = [one for one in store.open_rounds() if one.block >= _newest(rules, block)]  # by an sn29 that kept no rules
+        since = _next(rules, block) if any(one.plan.get("rules") not in (None, dict(rules.hashes)) for one in opened) else 0
+        store.keep_rules(RulesKept(since, texts, running))
+        if since:
+            tell("rules", f"the window that is open was begun with other files: these hold from block {since} on", block=since)
         return
     standing = max((one for one in kept if one.since <= block), key=lambda one: one.since, default=kept[0])
     if _same(kept[-1], now):
@@ -60,11 +65,19 @@ def note(store: Store, block: int, texts: Mapping[str, str], running: Mapping[st
         store.keep_rules(standing)
         tell("rules", "the rules of before are back; what was noted for a later block never took effect")
         return
-    before = _parsed(standing, parse) or parse(texts)
-    since = _next(before, block) if _was_here(store, before, block) else _newest(before, block)
-    store.keep_rules(RulesKept(since, texts, running))
-    what = "; ".join(differences(standing, now))
-    tell("rules", f"new rules ({what}) take effect from block {since} on: earlier rounds are judged as before", block=since)
+    before = _parsed(standing, parse)
+    rules = before or parse(texts)
+    since = _next(rules, block)
+    what = f"new rules ({'; '.join(differences(standing, now))}) take effect from block {since} on"
+    was_here = _was_here(store, rules, block)
+    if not was_here:
+        how = "by which ones others judge the window that is open cannot be known here, after more than a window: it is left out"
+    elif before is None or dict(standing.software) != dict(running):
+        how = "what is due before that, the former software judges"
+    else:
+        how = "earlier rounds are judged as before"
+    store.keep_rules(RulesKept(since, texts, running), alone=not was_here)
+    tell("rules", f"{what}: {how}", block=since)
 
 
 def due(store: Store, block: int, running: Mapping[str, str], catch_up: int, parse: Parse, said: set[int]) -> Due | None:
@@ -79,7 +92,7 @@ def due(store: Store, block: int, running: Mapping[str, str], catch_up: int, par
             return Due(parse(one.texts), one.since, None)
         rules, last = _parsed(one, parse), following.since - 1
         after = max(store.last_finished() or 0, one.since - 1) or None
-        found = next_round(_lengths(rules), min(block, last), after, catch_up) if rules is not None else None
+        found = next_round(_lengths(rules or parse(kept[-1].texts)), min(block, last), after, catch_up)
         if rules is not None and found is None and block > last:
             continue
         if rules is not None and one.software == running:

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from sn29 import __version__
 from sn29.command_table import COMMANDS, GROUPS, Command
-from sn29.concealment import clean
+from sn29.concealment import clean, guard
 from sn29.errors import Rejected, Sn29Error
 
 _HEAD = f"sn29 {__version__}: node software of Bittensor subnet 29"
@@ -20,7 +20,8 @@ SETTINGS
 
 EXIT STATUS
   0  done          1  refused, or not available: a line on standard error says what, with both values
-  2  wrong usage   130  stopped by Ctrl-C; commands that say otherwise say so in their --help
+  2  wrong usage: an unknown command or flag, or a value that is missing
+  130  stopped by Ctrl-C          commands that say otherwise say so in their --help
 
   sn29 COMMAND --help   the flags of a command
   sn29 lab --help       the commands of a group of words
@@ -63,13 +64,14 @@ def _line(name: tuple[str, ...], command: Command) -> str:
 
 
 def _guarded(name: tuple[str, ...], command: Command, words: list[str]) -> int:
+    guard()
     try:
         return _function(name, command)(words)
     except Sn29Error as error:
         print(f"sn29 {' '.join(name)}: {clean(error)}", file=sys.stderr)
         if isinstance(error, Rejected):
             print(f"  what to do: {error.reason.advice}", file=sys.stderr)
-        return 1
+        return error.exit_status
     except BrokenPipeError:  # whoever reads (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

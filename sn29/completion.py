@@ -126,7 +126,7 @@ _sn29() {{
     elif [[ $cur != -* ]]; then
         case "$key" in {takes_path}) _sn29_paths; return ;; esac
     fi
-    [[ $cur == -* || ${{#COMPREPLY[@]}} -eq 0 && -z $cur ]] && COMPREPLY+=($(compgen -W "$flags --help" -- "$cur"))
+    [[ $cur == -* ]] && COMPREPLY+=($(compgen -W "$flags --help" -- "$cur"))
 }}
 _sn29_paths() {{
     local IFS=$'\\n'
@@ -151,7 +151,8 @@ def _bash(found: tuple[Entry, ...]) -> str:
     commands = {_key(tuple(start.split())): (subs, ["--version"] if not start else []) for start, subs in children.items()}
     for entry in found:
         flags = [flag for option in entry.options for flag in option.flags]
-        commands[_key(entry.words)] = ([*commands.get(_key(entry.words), ([], []))[0], *entry.choices], flags)
+        subs = dict.fromkeys([*commands.get(_key(entry.words), ([], []))[0], *entry.choices])
+        commands[_key(entry.words)] = ([*subs], flags)
     nodes = [f'"{_key((*start.split(), sub))}"' for start, subs in children.items() for sub in subs]
     reply = 'COMPREPLY=($(compgen -P "$before" -W "{}" -- "$cur")); return'
     return _BASH.format(

@@ -133,6 +133,9 @@ def shown(value: object, longest: int = 300) -> str:
 class Sn29Error(Exception):
     """Root of all failures that are expected in normal operation."""
 
+    exit_status = 1
+    """Of a command that ends with it."""
+
     def __reduce__(self) -> tuple[object, ...]:
         """Pickled as what it is, not by calling it again with its sentence: processes of a training tell each other."""
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
@@ -156,3 +159,12 @@ class Rejected(Sn29Error):
     def __init__(self, reason: Reason, got: object, limit: object, where: str = "") -> None:
         self.reason, self.got, self.limit, self.where = reason, shown(got), shown(limit), shown(where)
         super().__init__(f"{self.where + ': ' if where else ''}{reason.sentence} (got {self.got}, rule {self.limit})")
+
+
+class WrongUsage(Rejected):
+    """A command line that no command has: an unknown flag or word, a flag without its value, an argument that is missing."""
+
+    exit_status = 2
+
+    def __init__(self, got: object, limit: object, where: str = "") -> None:
+        super().__init__(Reason.SETTING, got, limit, where)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sn29.command_table import COMMANDS, GROUPS, Command
 from sn29.concealment import clean
-from sn29.errors import Reason, Rejected
+from sn29.errors import WrongUsage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +30,7 @@ def config(words: list[str]) -> int:
     words = words[1:] if as_json else words
     name = next((" ".join(words[:n]) for n in (3, 2, 1) if " ".join(words[:n]) in kinds), "")
     if words and not name and not words[0].startswith("-"):
-        raise Rejected(Reason.SETTING, words[0], ", ".join(kinds), "sn29 config")
+        raise WrongUsage(words[0], ", ".join(kinds), "sn29 config")
     kind = kinds[name or "validator"]
     settings, origins = read_with_origins(kind, words[len(name.split()) :])
     rows = [(s.names[0], clean(shown_value(s, settings)), origins[s.field]) for s in settings_of(kind)]
@@ -64,7 +64,7 @@ def completion(words: list[str]) -> int:
         print(_INSTALL)
         return 0
     if len(words) != 1 or words[0] not in SHELLS:
-        raise Rejected(Reason.SETTING, " ".join(words) or "nothing", ", ".join(SHELLS), "sn29 completion")
+        raise WrongUsage(" ".join(words) or "nothing", ", ".join(SHELLS), "sn29 completion")
     sys.stdout.write(script(words[0]))
     return 0
 

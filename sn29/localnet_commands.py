@@ -56,7 +56,7 @@ def up(words: list[str]) -> int:
         hotkey = hotkey or "default"
         address = localnet.register(wallet, hotkey, settings.wallet_path, validator=validator)
         print(f"  registered {entry}: {address}")
-        start = "sn29 validator" if validator else f"HF_TOKEN={localnet.hub_token(wallet)} sn29 miner"
+        start = "sn29 validator" if validator else f"env HF_TOKEN={localnet.hub_token(wallet)} sn29 miner"  # no shell is needed
         keys = f"--wallet.name {wallet} --wallet.hotkey {hotkey}"
         own = f" --repo {wallet}/model --competition c00 --text '{TRAINING_FILES}' --cycles 1 --publish-at 0"
         more = "" if validator else own

@@ -15,8 +15,8 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -93,14 +93,26 @@ class Turn:
     """How many are measured in all."""
     done: set[str] = field(default_factory=set)
     """Hotkeys of those that are over."""
+    measuring: set[str] = field(default_factory=set)
+    """Hotkeys of those that are evaluated now."""
 
     @classmethod
     def of(cls, slots: int, entrants: int = 1) -> Turn:
         return cls(asyncio.Semaphore(slots + 1), asyncio.Semaphore(slots), asyncio.Lock(), set(), entrants)
 
-    def measures(self, hotkey: str = "") -> None:
+    def tell_stage(self) -> None:
         """Tells the stage, and who is evaluated now."""
-        stage("measuring", len(self.done), self.entrants, hotkey)
+        stage("measuring", len(self.done), self.entrants, min(self.measuring, default=""))
+
+    @contextmanager
+    def measures(self, hotkey: str) -> Iterator[None]:
+        """Inside it this one is evaluated."""
+        self.measuring.add(hotkey)
+        self.tell_stage()
+        try:
+            yield
+        finally:
+            self.measuring.discard(hotkey)
 
 
 class _NextRound(Unavailable):
@@ -307,18 +319,30 @@ class _Work:
                 job, decide = self._job(folder, fixed, chosen, known, checked)
                 room = partial(disk.make_room, paid=self.paid)
                 async with await self._fetched(folder, room):
-                    self.turn.measures(commitment.hotkey)
-                    try:
-                        return await _evaluate(ports, self.entrant, job, self.block, decide)
-                    except FileChanged as error:
-                        if all(error.path != file.path for file in job.files):  # the name is the child's
-                            raise
-                        warn("disk", f"{error}; thrown away", hotkey=commitment.hotkey)
-                        _throw_away(folder / error.path)
-                        await _fetch(ports, self.entrant, folder, self.block, room)
-                        return await _evaluate(ports, self.entrant, job, self.block, decide)
+                    with self.turn.measures(commitment.hotkey):
+                        return await self._evaluated(folder, job, decide, room)
         except OSError as error:
             raise Unavailable("disk", str(error)) from None
+
+    async def _evaluated(self, folder: Path, job: Job, decide: Decide | None, room: Callable[[int], object]) -> Evaluated:
+        try:
+            return await _evaluate(self.ports, self.entrant, job, self.block, decide)
+        except FileChanged as error:
+            if all(error.path != file.path for file in job.files):  # the name is the child's
+                raise
+            warn("disk", f"{error}; thrown away", hotkey=self.entrant.commitment.hotkey)
+            _throw_away(folder / error.path)
+            await self._fetch(folder, room)
+            return await _evaluate(self.ports, self.entrant, job, self.block, decide)
+
+    async def _fetch(self, folder: Path, room: Callable[[int], object]) -> None:
+        """While nothing is evaluated, that is what the validator is at."""
+
+        def progress(received: int, size: int) -> None:
+            if not self.turn.measuring:
+                stage("fetching", received, size, self.entrant.commitment.hotkey)
+
+        await _fetch(self.ports, self.entrant, folder, self.block, room, progress)
 
     async def _fetched(self, folder: Path, room: Callable[[int], object]) -> AbstractAsyncContextManager[object]:
         """The files are here, if possible while another model is evaluated; it is this one's turn inside the context.
@@ -328,13 +352,13 @@ class _Work:
         turn = self.turn
         async with turn.fetching:
             try:
-                await _fetch(self.ports, self.entrant, folder, self.block, room, is_stage=not turn.evaluating.locked())
+                await self._fetch(folder, room)
             except Unavailable as error:
                 if error.what != "disk" or not turn.evaluating.locked():
                     raise
                 await turn.evaluating.acquire()
                 try:
-                    await _fetch(self.ports, self.entrant, folder, self.block, room)
+                    await self._fetch(folder, room)
                 except BaseException:
                     turn.evaluating.release()
                     raise
@@ -416,11 +440,16 @@ def _throw_away(path: Path) -> None:
 
 
 async def _fetch(
-    ports: Ports, entrant: Entrant, folder: Path, block: int, room: Callable[[int], object], *, is_stage: bool = False
+    ports: Ports,
+    entrant: Entrant,
+    folder: Path,
+    block: int,
+    room: Callable[[int], object],
+    progress: Callable[[int, int], None],
 ) -> None:
     """The model's verified files in their folder, one a content: two commitments of one content share it.
 
-    is_stage: nothing is evaluated meanwhile, so this is what the validator is at.
+    progress(received, size): called in the thread that receives, in bytes.
     """
     received, cancelled = 0, threading.Event()
     size = sum(f.size for f in entrant.listing.files if checkpoint.is_content(f.path))
@@ -430,8 +459,7 @@ async def _fetch(
         received += num_bytes
         if cancelled.is_set():  # a thread cannot be stopped from outside: it stops itself at the next piece
             raise Unavailable("download", "the validator is stopping")
-        if is_stage:
-            stage("fetching", min(received, size), size, entrant.commitment.hotkey)
+        progress(min(received, size), size)
 
     machine, listed = ports.machine, listed_files(ports, entrant.commitment, block)
     bring = partial(

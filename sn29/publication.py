@@ -130,6 +130,7 @@ class Publisher:
         self._grew = time.monotonic() - (max(0.0, time.time() - self._seen.at) if self._seen else 0.0)
         self._block_seconds = 0.0
         """As the chain says; 0 before it has answered this process."""
+        self._failing_since: float | None = None
         self.is_sending = False
         """A set is on its way and not read back yet: whoever ends may let it end first; its note tells the rest if not."""
 
@@ -140,9 +141,22 @@ class Publisher:
         Unavailable (an unreachable or stale chain) and Rejected (not registered); nothing was set then.
         """
         try:
-            return await self._look(self._decided())
+            steps = await self._look(self._decided())
+            self._note_failing(any(not isinstance(step, Step) for step in steps.values()))
+            return steps
+        except (Unavailable, Rejected):
+            self._note_failing(True)
+            raise
         finally:
             self.watch()
+
+    def _note_failing(self, is_failing: bool) -> None:
+        self._failing_since = (self._failing_since or time.time()) if is_failing else None
+        note(unpublished_since=self._failing_since)
+
+    async def see(self) -> None:
+        """Notes the newest final block, whatever keeps weights from being set. Raises Unavailable."""
+        await self._final()
 
     def _decided(self) -> dict[int, Weights]:
         """The newest weights by mechanism: those that are ours to set."""

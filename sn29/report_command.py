@@ -8,12 +8,16 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sn29.errors import Reason, Rejected, Unavailable
+from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
 from sn29.settings import ReportSettings, default_cache, read
+
+_FIRST_ANSWER_S, _ASKED_AGAIN_S = 2.0, 60.0
+"""How long served pages wait for the competition files of a commit, and after what pause they are asked for again."""
 
 if TYPE_CHECKING:
     from sn29.report.snapshot import Reader
@@ -63,26 +67,53 @@ def _reader(settings: ReportSettings) -> Reader:
 
 def _rules(settings: ReportSettings) -> Callable[[], Mapping[str, CompetitionFile]]:
     """Reads the competition files, and parses them when they have changed. A folder that was not asked for may be missing."""
+    if settings.competitions_git:
+        return _of_commit(settings)
     kept: dict[str, str] = {}
     files: dict[str, CompetitionFile] = {}
 
     def read_again() -> Mapping[str, CompetitionFile]:
-        from neurons.adapters import parse_texts, read_git_texts, read_texts
+        from neurons.adapters import parse_texts, read_texts
 
         nonlocal kept, files
         asked = "competitions_dir" in settings.model_fields_set
-        if settings.competitions_git:
-            texts = kept or read_git_texts(settings.competitions_git, default_cache() / "competitions.git")
-        elif not asked and not settings.competitions_dir.is_dir():
+        if not asked and not settings.competitions_dir.is_dir():
             return {}
-        else:
-            texts = read_texts(settings.competitions_dir)
+        texts = read_texts(settings.competitions_dir)
         if texts != kept:
             files = dict(parse_texts(texts).files)
             kept = texts
         return files
 
     return read_again
+
+
+def _of_commit(settings: ReportSettings) -> Callable[[], Mapping[str, CompetitionFile]]:
+    """A commit does not change. Served pages do not wait for whoever has it: it is asked for in a thread, until it is there."""
+    from neurons.adapters import parse_texts, read_git_texts
+
+    found: Mapping[str, CompetitionFile] | Sn29Error = Unavailable("--competitions.git", "no answer yet")
+
+    def ask() -> None:
+        nonlocal found
+        while isinstance(found, Sn29Error):
+            try:
+                found = parse_texts(read_git_texts(settings.competitions_git, default_cache() / "competitions.git")).files
+            except Sn29Error as error:
+                found = error
+            if not settings.serve:
+                return
+            time.sleep(_ASKED_AGAIN_S if isinstance(found, Sn29Error) else 0)
+
+    def now() -> Mapping[str, CompetitionFile]:
+        if isinstance(found, Sn29Error):
+            raise found
+        return found
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_FIRST_ANSWER_S if settings.serve else None)
+    return now
 
 
 def _write(path: Path, page: str) -> None:

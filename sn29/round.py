@@ -71,7 +71,7 @@ from sn29.rules.selection import (
     top_miners,
 )
 from sn29.rules.sequential import Bar, bar_of, measuring_order, settled_before
-from sn29.store import Standing, Unanswered
+from sn29.store import LossesOfAnother, Standing, Unanswered
 from sn29.telemetry import about, bug, note, stage, tell
 
 WAITS = 2
@@ -180,21 +180,23 @@ def _plan_from(kept: Mapping[str, Any]) -> Plan:
     return Plan(kept["block"], windows)
 
 
-async def begin_with(ports: Ports, record: RoundRecord) -> bool:
+async def begin_with(ports: Ports, record: RoundRecord, losses: LossesOfAnother | None = None) -> bool:
     """Goes on from another validator's record as if its round had been judged here; False where rounds were judged already.
 
-    What a scoring rule remembers, the last weights, and since when each model is claimed come from it: without them a
-    validator that starts late judges near equals by the windows it has seen itself. (A digest that was seen earlier than the
-    commitment is known only of those with an entry: others' digests are in no record.) Checked is that the record replays to its
-    own bits and that its blocks are this chain's; its losses and claims are taken on trust, so the operator chooses whose
-    record it is. Its weights are not set on chain: the first own round's are. Raises Rejected(RECORD).
+    What a scoring rule remembers and the last weights come from it, without which a validator that starts late judges near
+    equals by the windows it has seen itself. Both are taken on trust, so the operator chooses whose record it is; checked is
+    that the record replays to its own bits and that its blocks are this chain's. What would refuse a miner for good is not:
+    claims are those that the chain shows, tensors those that were read here. Its weights are not set on chain: the first own
+    round's are. Raises Rejected(RECORD), Unavailable.
+
+    losses: of the record's next round, kept in the same step.
     """
     if ports.store.last_finished() is not None:
         return False
     await check_record(ports, record)
+    claims, seen = await _claims_on_chain(ports, record)
     record_files.write(ports.machine.records_dir, record)
-    seen, digests = _first_seen_in(record), _tensor_digests_in(record)
-    ports.store.begin(record, _standings(record), _claims_in(record), seen, digests)
+    ports.store.begin(record, _standings(record), claims, seen, losses)
     tell("begun", f"goes on from the record of block {record.head.block}", block=record.head.block)
     return True
 
@@ -212,31 +214,48 @@ async def check_record(ports: Ports, record: RoundRecord) -> None:
         raise Rejected(Reason.RECORD, difference.first, f"{difference.second}, computed again", f"{where}: {difference.what}")
 
 
-def _claims_in(record: RoundRecord) -> dict[str, tuple[int, str]]:
-    """Who claims what by a record: model ids, contents, weights and tensors of everybody with a valid entry."""
+async def commitments_at(ports: Ports, block: int) -> dict[str, Commitment | Sealed]:
+    """By hotkey, of those that are registered: what stands on chain at a block and can be parsed. Raises Unavailable."""
+    found = (_parsed(raw) for raw in await ports.chain.commitments(block))
+    return {c.hotkey: c for c in found if not isinstance(c, Outcome)}
+
+
+async def _claims_on_chain(ports: Ports, record: RoundRecord) -> tuple[dict[str, tuple[int, str]], dict[tuple[str, str], int]]:
+    """Who claims what since when (model id or content id -> block, hotkey), and the same by (hotkey, digest): of a record's
+    entries those that the chain shows.
+
+    A commitment that stands now, with the digest of the entry's content, counts from its own block; from the entry's, if that
+    is earlier, when the chain shows the same digest there. That takes a node which keeps the state of that block. A model id
+    that another one committed to as well belongs to whoever the Hub shows it to in the first round.
+    """
+    finalized = (await ports.chain.finalized()).block
+    shown = {finalized: await commitments_at(ports, finalized)}
+    named = Counter(str(c.model) for c in shown[finalized].values() if isinstance(c, Commitment))
+    entries = [(m, m.entry) for kept in record.competitions.values() for m in kept.models if m.entry is not None]
     claims: dict[str, tuple[int, str]] = {}
-    for kept in record.competitions.values():
-        for m in kept.models:
-            if m.entry is not None:
-                keys = [m.outcome.model, m.entry.content_id, m.tensor_digest, *([m.facts.weights_id] if m.facts else [])]
-                claims.update(dict.fromkeys(filter(None, keys), (m.entry.block, m.hotkey)))
-    return claims
-
-
-def _tensor_digests_in(record: RoundRecord) -> dict[str, str]:
-    models = (m for kept in record.competitions.values() for m in kept.models)
-    return {m.facts.content_id: m.tensor_digest for m in models if m.facts and m.tensor_digest}
-
-
-def _first_seen_in(record: RoundRecord) -> dict[tuple[str, str], int]:
-    """(hotkey, digest) -> since when, of everybody with a valid entry: its digest follows from content and hotkey."""
     seen: dict[tuple[str, str], int] = {}
-    for kept in record.competitions.values():
-        for m in kept.models:
-            if m.entry is not None:
-                key = m.hotkey, digest(m.entry.content_id, m.hotkey)
-                seen[key] = min(m.entry.block, seen.get(key, m.entry.block))
-    return seen
+    pruned = ""
+    for model, entry in entries:
+        hotkey, name, mine = model.hotkey, model.outcome.model, digest(entry.content_id, model.hotkey)
+        now = shown[finalized].get(hotkey)
+        if now is None:
+            continue
+        block = now.block if now.digest == mine else None
+        if 0 < entry.block < now.block and not pruned:
+            try:
+                if entry.block not in shown:
+                    shown[entry.block] = await commitments_at(ports, entry.block)
+                then = shown[entry.block].get(hotkey)
+                block = entry.block if then and (then.block, then.digest) == (entry.block, mine) else block
+            except Unavailable as error:
+                pruned = f"; the others' older blocks were not asked for ({error})"
+        if block is not None:
+            seen[hotkey, mine] = block
+            claims[entry.content_id] = min((block, hotkey), claims.get(entry.content_id, (block, hotkey)))
+            if isinstance(now, Commitment) and (now.digest, str(now.model), named[name]) == (mine, name, 1):
+                claims[name] = (block, hotkey)
+    tell("claims", f"{len(seen)} of the record's {len(entries)} claims are taken over, which the chain shows{pruned}")
+    return claims, seen
 
 
 # --- the round --------------------------------------------------------------------------------------------------------
@@ -585,7 +604,7 @@ async def _measure_all(
         with about(entrant.commitment.hotkey):
             measured = await _measure(ports, admitted.competition, entrant, samples, plan.block, paid, against, turn)
         turn.done.add(entrant.commitment.hotkey)
-        turn.measures()
+        turn.tell_stage()
         return measured
 
     found = {}

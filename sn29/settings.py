@@ -34,7 +34,7 @@ from pydantic_settings import (
 )
 from pydantic_settings.exceptions import SettingsError
 
-from sn29.errors import Reason, Rejected
+from sn29.errors import Reason, Rejected, WrongUsage
 
 DEFAULT_HUB = "https://huggingface.co"
 CONFIG_FILE = "sn29.yaml"
@@ -274,12 +274,12 @@ class ValidatorSettings(NeuronSettings):
         None, "first start: go on from this round record of another validator (it is replayed first)", "start-record"
     )
     warm_start: tuple[Path, ...] = _flag(
-        (), "first start: folders or files of another validator's records, whose losses are taken over too, once a sample of "
-        "them was measured here and agrees", "warm-start",
+        (), "first start: folders or files of another validator's records, whose losses of the round that is due are taken over "
+        "too, once a sample of them was measured here and is the same to the bit", "warm-start",
     )  # fmt: skip
     warm_start_cells: int = _flag(
-        200, "losses of that sample; a share f of wrong ones goes unseen with probability (1 - f) to the power of it",
-        "warm-start-cells", ge=1,
+        200, "losses of that sample, drawn by a secret of the store; a share f of wrong ones goes unseen with probability "
+        "(1 - f) to the power of it", "warm-start-cells", ge=1,
     )  # fmt: skip
     catch_up: int = _flag(2, "missed windows that are still judged after a pause; older ones are skipped", "catch-up", ge=1)
     poll_s: float = _flag(12.0, "seconds between looks at the chain", "poll", ge=0.05)
@@ -711,7 +711,8 @@ class StoreSettings(_Settings):
 class StoreCheckSettings(StoreSettings):
     """
     Look at a validator's store and records: is the file whole, do records have the hash that they are named by, are the losses
-    the recorded ones, which rounds are open, which losses does no record refer to. Reads only, beside a running validator.
+    the recorded ones, which rounds are open, which losses does no record refer to. Reads only, beside a running validator, the
+    store as of one moment: store.db-wal grows by what the validator writes meanwhile.
     Exit 0: nothing is wrong. Exit 1: something is, and the table says what.
     """
 
@@ -720,11 +721,11 @@ class StoreCheckSettings(StoreSettings):
 
 class StoreCompactSettings(StoreSettings):
     """
-    Write a store anew, without the room of what was deleted; the new file takes the old one's place when it is on the disk. The
-    validator must have ended. --keep-rounds also forgets older rounds: their records and weights in the store, and the losses of
-    texts that no kept round was decided by. Kept are all claims, refusals, standings, publications and what was seen of models,
-    and the memory of the crowns, which is in the newest record; the files in records/ stay. `sn29 explain` and `sn29 replay` read
-    those files.
+    Write a store anew, without the room of what was deleted; the new file takes the old one's place, owner and mode when it is
+    on the disk, which holds both until then. The validator must have ended. --keep-rounds also forgets older rounds: their
+    records and weights in the store, and the losses of texts that no kept round was decided by. Kept are all claims, refusals,
+    standings, publications and what was seen of models, and the memory of the crowns, which is in the newest record; the files
+    in records/ stay. `sn29 explain` and `sn29 replay` read those files.
     """
 
     model_config = SettingsConfigDict(cli_prog_name="sn29 store compact")
@@ -742,7 +743,9 @@ class StoreCompactSettings(StoreSettings):
 class StoreExportSettings(StoreSettings):
     """
     Write a validator's losses, outcomes, scores, weights and publications as flat tables, one file each, with columns.md, which
-    says what every column is. Reads only, beside a running validator, everything as of one moment.
+    says what every column is. Reads only, beside a running validator, everything as of one moment: store.db-wal grows by what
+    the validator writes meanwhile. In CSV, text that a spreadsheet would take for a formula (it begins with = + - @, a tab or the
+    end of a line) has an apostrophe before it.
     """
 
     model_config = SettingsConfigDict(cli_prog_name="sn29 store export")
@@ -931,7 +934,8 @@ AnySettings = TypeVar("AnySettings", bound=_Settings)
 
 
 def read(kind: type[AnySettings], arguments: list[str]) -> AnySettings:
-    """The settings of a program. Raises Rejected(SETTING) naming where it stands and both values; `--help` exits.
+    """The settings of a program. Raises Rejected(SETTING) naming where it stands and both values, WrongUsage for flags that there
+    are not; `--help` exits.
 
     Says on standard error when a variable was used by a name of former years.
     """
@@ -972,7 +976,7 @@ def _gathered(kind: type[_Settings], arguments: list[str]) -> dict[str, Given]:
         arguments, written = _as_written(kind, arguments)
         flags = CliSettingsSource(kind, cli_parse_args=arguments, cli_exit_on_error=False)()
     except SettingsError as error:
-        raise Rejected(Reason.SETTING, str(error).splitlines()[0][:200], "flags that --help lists") from None
+        raise WrongUsage(str(error).splitlines()[0][:200], "flags that --help lists") from None
     given = {name: Given(value, written.get(name, f"--{name}")) for name, value in flags.items()}
     dotenv = _dotenv(kind)
     for place, variables in (("environment", os.environ), (".env", dotenv)):

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sqlite3
-import tempfile
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -46,7 +47,7 @@ create table loss(
   primary key (content_id, tokenizer_id, profile, sample)) strict, without rowid;
 create table imported(
   number integer primary key, source text not null, address text not null, block integer not null, at real not null,
-  cells integer not null, checked integer not null, worst real not null) strict;
+  cells integer not null, checked integer not null) strict;
 create table rules(since integer primary key, texts text not null, software text not null) strict;
 create table round(block integer primary key, plan text not null, record text, weights text) strict;
 create table standing(round integer, competition text, model text, hotkey text not null, weight real not null,
@@ -68,6 +69,9 @@ create table sent(mechanism integer, since integer, round integer not null, weig
   block integer, reveals_at integer, digests text not null, primary key (mechanism, since)) strict;
 """
 """From schema 2, which knew one mechanism, and weights that stand or do not."""
+_KEEP_CLAIM = (
+    "insert into claim values (?1, ?2, ?3) on conflict do update set block = ?2, hotkey = ?3 where (?2, ?3) < (block, hotkey)"
+)
 _KEEP_FIRST_SEEN = "insert into first_seen values (?1, ?2, ?3) on conflict do update set block = min(block, ?3)"
 
 _FROM_3 = """
@@ -87,7 +91,7 @@ _FROM_5 = """
 alter table loss add column imported integer not null default 0;
 create table imported(
   number integer primary key, source text not null, address text not null, block integer not null, at real not null,
-  cells integer not null, checked integer not null, worst real not null) strict;
+  cells integer not null, checked integer not null) strict;
 create table rules(since integer primary key, texts text not null, software text not null) strict;
 """
 """From schema 5, which knew no losses but its own, and judged a round by whatever files and software it was started with."""
@@ -168,9 +172,17 @@ class Imported:
     cells: int
     """How many losses."""
     checked: int
-    """So many of them were measured here as well."""
-    worst: float
-    """Largest relative difference that was found, and allowed."""
+    """So many of them were measured here as well, to the same bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossesOfAnother:
+    """What is taken over of a record's losses."""
+
+    came: Imported
+    cells: Sequence[StoredLoss]
+    tensor_digests: Sequence[tuple[str, str, int]]
+    """(content id, digest as it was measured here, block of the round since which it is known)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +234,7 @@ Say = Callable[[str, str], None]
 class Store:
     """The validator's memory, in `path`. Several processes may read while one writes."""
 
-    def __init__(self, path: Path, *, read_only: bool = False, say: Say = lambda *_: None) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False, immutable: bool = False, say: Say = lambda *_: None) -> None:
         """Opens or creates the file; one of an older schema is copied and brought up to date, unless it is only read.
 
         say: is told of that. Raises Rejected(SETTING) for a file of another schema, and one that is no store.
@@ -231,7 +243,7 @@ class Store:
             raise Rejected(Reason.SETTING, f"no store at {path}", "the state folder of a validator that has run")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            address = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+            address = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}{'&immutable=1' if immutable else ''}"
             self._db = sqlite3.connect(address, uri=True, timeout=30, isolation_level=None)
             schema = self._schema()
             if schema is not None and not min(_STEPS) <= schema <= SCHEMA:
@@ -277,19 +289,18 @@ class Store:
                 db.execute("update meta set value = ? where key = 'schema'", (str(SCHEMA),))
 
     def _back_up(self, path: Path, schema: int) -> Path:
-        """A whole copy beside the file, on the disk before anything is changed; one of an earlier try is replaced."""
+        """A whole copy beside the file, on the disk before anything is changed; what an earlier try left is replaced."""
         kept = path.with_name(f"{path.name}.schema{schema}.bak")
-        descriptor, part = tempfile.mkstemp(prefix=f".{kept.name}.", suffix=".part", dir=path.parent)
-        os.close(descriptor)
+        part = path.with_name(f".{kept.name}.part")
+        _remove(part)
         try:
             with closing(sqlite3.connect(part)) as copy:
                 self._db.backup(copy)
                 copy.execute("pragma journal_mode=delete")  # one file
-            _flush(Path(part))
+            _flush(part)
             os.replace(part, kept)
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
+        finally:
+            _remove(part)
         _flush(path.parent)
         return kept
 
@@ -337,6 +348,12 @@ class Store:
             limit = f"one of {name}, the network that was asked for; give another --state.dir, or that network again"
             raise Rejected(Reason.SETTING, f"a store of {kept}", limit)
 
+    def secret(self) -> str:
+        """A random text that nobody else knows, drawn once: what is drawn by it is the same after a restart. 64 hex digits."""
+        with self._transaction() as db:
+            db.execute("insert or ignore into meta values ('secret', ?)", (secrets.token_hex(32),))
+        return str(self._value("select value from meta where key = 'secret'"))
+
     def chain_seen(self) -> ChainSeen | None:
         """What `keep_chain_seen` kept last."""
         text = self._value("select value from meta where key = 'chain_seen'")
@@ -355,11 +372,7 @@ class Store:
     def keep_claims(self, claims: Mapping[str, tuple[int, str]]) -> None:
         """Notes claims; of two for one key the earlier stays, whatever was noted first."""
         with self._transaction() as db:
-            db.executemany(
-                "insert into claim values (?1, ?2, ?3) on conflict do update set block = ?2, hotkey = ?3"
-                " where (?2, ?3) < (block, hotkey)",
-                [(key, block, hotkey) for key, (block, hotkey) in claims.items()],
-            )
+            db.executemany(_KEEP_CLAIM, [(key, *claim) for key, claim in claims.items()])
 
     def first_seen(self, claims: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
         """Of these (hotkey, digest): the block of the earliest commitment by which the hotkey was ever seen to claim the digest.
@@ -455,7 +468,7 @@ class Store:
     def keep_tensor_digest(self, content_id: str, digest: str, block: int) -> None:
         """Notes what the evaluation of a content found in the round of `block`."""
         with self._transaction() as db:
-            _keep_tensor_digests(db, {content_id: digest}, block)
+            _keep_tensor_digests(db, [(content_id, digest, block)])
 
     def fingerprint(self, content_id: str) -> str | None:
         """The weights' fingerprint as text, if it was ever taken."""
@@ -501,19 +514,6 @@ class Store:
         for content, tokenizer, profile, sample, nats, tokens, reason, imported in self._db.execute(query):
             yield StoredLoss(content, tokenizer, profile, Loss(sample, nats, tokens, reason), imported)
 
-    def import_losses(self, came: Imported, rows: Iterable[StoredLoss], tensor_digests: Mapping[str, str]) -> int:
-        """Takes over another validator's losses, marked, in one step; what was measured here stays. How many came that way."""
-        with self._transaction() as db:
-            number = db.execute("insert into imported values (null, ?, ?, ?, ?, ?, ?, ?)", _row(came)).lastrowid
-            cells = [
-                (x.content_id, x.tokenizer_id, x.profile, x.loss.sample, x.loss.nats, x.loss.num_tokens, x.loss.reason, number)
-                for x in rows
-            ]
-            before = self.count_losses()
-            db.executemany("insert or ignore into loss values (?, ?, ?, ?, ?, ?, ?, ?)", cells)
-            _keep_tensor_digests(db, tensor_digests, came.block, instead=False)
-            return self.count_losses() - before
-
     def nats(self, content_id: str, tokenizer_id: str, samples: Iterable[str]) -> dict[str, tuple[float, ...]]:
         """Sample -> what is known of it under this model, whichever way it was computed."""
         rows = self._db.execute(
@@ -528,8 +528,7 @@ class Store:
 
     def imports(self) -> dict[int, Imported]:
         """By number, oldest first."""
-        query = "select number, source, address, block, at, cells, checked, worst from imported order by number"
-        return {number: Imported(*rest) for number, *rest in self._db.execute(query)}
+        return {number: Imported(*rest) for number, *rest in self._db.execute("select * from imported order by number")}
 
     # --- rounds and weights -----------------------------------------------------------------------------------------
 
@@ -555,19 +554,23 @@ class Store:
         standings: Iterable[Standing],
         claims: Mapping[str, tuple[int, str]],
         seen: Mapping[tuple[str, str], int],
-        tensor_digests: Mapping[str, str] = MappingProxyType({}),
+        losses: LossesOfAnother | None = None,
     ) -> None:
-        """Takes over another validator's round as the first one, in one step. See `weights`, `taken_over`, `first_seen`."""
+        """Takes over another validator's round as the first one, and losses of its next one, in one step. What was noted or
+        measured here stays as it is. See `weights`, `taken_over`, `first_seen`, `imports`."""
         block, kept = record.head.block, encode(record).decode()
         rows = [(block, x.competition, x.model, x.hotkey, x.weight) for x in standings]
         with self._transaction() as db:
             db.execute("insert into meta values ('taken_over', ?)", (str(block),))
             weights = json.dumps({str(mechanism): dict(one.by_hotkey) for mechanism, one in sorted(record.weights.items())})
-            db.execute("insert into round(block, plan, record, weights) values (?, '{}', ?, ?)", (block, kept, weights))
-            db.executemany("insert into standing values (?, ?, ?, ?, ?)", rows)
-            db.executemany("insert into claim values (?, ?, ?)", [(key, *claim) for key, claim in claims.items()])
+            db.execute(
+                "insert or replace into round(block, plan, record, weights) values (?, '{}', ?, ?)", (block, kept, weights)
+            )
+            db.executemany("insert or replace into standing values (?, ?, ?, ?, ?)", rows)
+            db.executemany(_KEEP_CLAIM, [(key, *claim) for key, claim in claims.items()])
             db.executemany(_KEEP_FIRST_SEEN, [(*key, first) for key, first in seen.items()])
-            _keep_tensor_digests(db, tensor_digests, block)
+            if losses is not None:
+                _import(db, losses)
 
     def taken_over(self) -> int | None:
         """Block of the round that is another validator's: its weights are not ours to set."""
@@ -628,8 +631,9 @@ class Store:
         return {int(m): Weights(row[0], MappingProxyType(kept)) for m, kept in json.loads(row[1]).items()} if row else {}
 
     def first_decided(self) -> int | None:
-        """Block of the oldest round that decided weights; None when there is none."""
-        block = self._value("select min(block) from round where weights is not null")
+        """Block of the oldest round that decided weights, also of one that was forgotten; None when there is none."""
+        forgotten = "select value from meta where key = 'first_decided'"
+        block = self._value(f"select coalesce(({forgotten}), min(block)) from round where weights is not null")
         return None if block is None else int(block)
 
     # --- rules over time --------------------------------------------------------------------------------------------
@@ -639,12 +643,12 @@ class Store:
         rows = self._db.execute("select since, texts, software from rules order by since")
         return tuple(RulesKept(since, json.loads(texts), json.loads(software)) for since, texts, software in rows)
 
-    def keep_rules(self, rules: RulesKept) -> None:
+    def keep_rules(self, rules: RulesKept, *, alone: bool = False) -> None:
         """These from their block on: what was noted for that block or a later one never took effect. Of those before it the
-        newest is kept, since a round that is open was begun with it."""
+        newest is kept, since a round that is open was begun with it; `alone`: none, so that no earlier round is judged."""
         row = (rules.since, json.dumps(dict(rules.texts)), json.dumps(dict(rules.software)))
         with self._transaction() as db:
-            db.execute("delete from rules where since >= ?", (rules.since,))
+            db.execute("delete from rules where since >= ? or ?", (rules.since, alone))
             db.execute("delete from rules where since < (select max(since) from rules)")
             db.execute("insert into rules values (?, ?, ?)", row)
 
@@ -706,6 +710,9 @@ class Store:
         query = "select block, round, weights from publication where mechanism = ? order by block"
         return tuple((block, _weights(round, kept)) for block, round, kept in self._db.execute(query, (mechanism,)))
 
+    def count_publications(self, mechanism: int = 0) -> int:
+        return int(self._value("select count(*) from publication where mechanism = ?", (mechanism,)))
+
     def mechanisms(self) -> tuple[int, ...]:
         """Those that something was published for."""
         return tuple(row[0] for row in self._db.execute("select distinct mechanism from publication order by mechanism"))
@@ -717,11 +724,19 @@ class Store:
         return (row[0], _weights(row[1], row[2])) if row else None
 
 
+def reading(path: Path, *, briefly: bool = False) -> AbstractContextManager[Store]:
+    """A store that is only looked at, beside the process that writes it. As `opened`.
+
+    briefly: one that nobody uses is read as it lies, by whoever may read the file; SQLite would put two files beside it.
+    """
+    return opened(path, read_only=True, immutable=briefly and not path.with_name(f"{path.name}-wal").exists())
+
+
 @contextmanager
-def reading(path: Path) -> Iterator[Store]:
-    """A store that is only looked at, beside the process that writes it. Raises Rejected(SETTING) as `Store` does, Unavailable
-    for what SQLite cannot read: a damaged file, a disk that fails."""
-    store = Store(path, read_only=True)
+def opened(path: Path, *, read_only: bool = False, immutable: bool = False, say: Say = lambda *_: None) -> Iterator[Store]:
+    """A store that is closed at the end. Raises Rejected(SETTING) as `Store` does, Unavailable for what SQLite cannot read or
+    write: a damaged file, a disk that fails."""
+    store = Store(path, read_only=read_only, immutable=immutable, say=say)
     try:
         yield store
     except sqlite3.Error as error:
@@ -730,25 +745,37 @@ def reading(path: Path) -> Iterator[Store]:
         store.close()
 
 
-def _keep_tensor_digests(db: sqlite3.Connection, digests: Mapping[str, str], block: int, *, instead: bool = True) -> None:
-    """By content id; the newest counts, since a content's tensors change only with how they are digested. Not `instead`: one
-    that is there stays."""
-    digest = "?2" if instead else "coalesce(tensor_digest, ?2)"
+def _keep_tensor_digests(db: sqlite3.Connection, found: Sequence[tuple[str, str, int]]) -> None:
+    """(content id, digest, block) each; the newest counts, since a content's tensors change only with how they are digested."""
     db.executemany(
         "insert into content(content_id, tensor_digest, since) values (?1, ?2, ?3)"
-        f" on conflict do update set tensor_digest = {digest}, since = min(coalesce(since, ?3), ?3)",
-        [(content, found, block) for content, found in digests.items()],
+        " on conflict do update set tensor_digest = ?2, since = min(coalesce(since, ?3), ?3)",
+        found,
     )
 
 
-def _row(came: Imported) -> tuple[object, ...]:
-    return came.source, came.address, came.block, came.at, came.cells, came.checked, came.worst
+def _import(db: sqlite3.Connection, losses: LossesOfAnother) -> None:
+    came = losses.came
+    row = (came.source, came.address, came.block, came.at, came.cells, came.checked)
+    number = db.execute("insert into imported values (null, ?, ?, ?, ?, ?, ?)", row).lastrowid
+    cells = [
+        (x.content_id, x.tokenizer_id, x.profile, x.loss.sample, x.loss.nats, x.loss.num_tokens, x.loss.reason, number)
+        for x in losses.cells
+    ]
+    db.executemany("insert or ignore into loss values (?, ?, ?, ?, ?, ?, ?, ?)", cells)
+    _keep_tensor_digests(db, losses.tensor_digests)
 
 
 def _run(db: sqlite3.Connection, statements: str) -> None:
     """One after the other: `executescript` would end the transaction."""
     for statement in filter(str.strip, statements.split(";")):
         db.execute(statement)
+
+
+def _remove(part: Path) -> None:
+    """A file that was not finished, with what SQLite may have put beside it."""
+    for more in ("", "-journal", "-wal", "-shm"):
+        part.with_name(part.name + more).unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -815,13 +842,19 @@ def compact(path: Path, keep_rounds: int = 0, progress: Callable[[str], None] = 
         store._db.execute("pragma busy_timeout=2000")
         if store._db.execute("pragma wal_checkpoint(truncate)").fetchone()[0]:
             raise Rejected(Reason.SETTING, f"{path}, which another process reads now", "a store that nobody uses; try again")
-        part.unlink(missing_ok=True)
-        progress("copying")
-        store._db.execute("vacuum into ?", (str(part),))
+        _remove(part)
+        if keep_rounds:
+            rounds, losses = _copy_newest(store._db, part, keep_rounds, progress)
+        else:
+            progress("copying")
+            store._db.execute("vacuum into ?", (str(part),))
+            rounds = losses = 0
         store.close()
-        rounds, losses = _prune(part, keep_rounds, progress) if keep_rounds else (0, 0)
+        was = path.stat()
+        os.chown(part, was.st_uid, was.st_gid)
+        part.chmod(stat.S_IMODE(was.st_mode))
         _flush(part)
-        done = Compacted(path.stat().st_size, part.stat().st_size, rounds, losses)
+        done = Compacted(was.st_size, part.stat().st_size, rounds, losses)
         for more in ("-wal", "-shm"):  # empty, and of the old file: beside the new one they would be taken for its own
             path.with_name(path.name + more).unlink(missing_ok=True)
         os.replace(part, path)
@@ -830,30 +863,34 @@ def compact(path: Path, keep_rounds: int = 0, progress: Callable[[str], None] = 
         raise Rejected(Reason.SETTING, f"{path}: {error}", "a store, and as much free room on its disk as it takes") from None
     finally:
         store.close()
-        part.unlink(missing_ok=True)
+        _remove(part)
     return done
 
 
-def _prune(path: Path, keep_rounds: int, progress: Callable[[str], None]) -> tuple[int, int]:
-    """(rounds, losses) that were forgotten, in a file that nobody uses yet."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as db:
-        db.execute("pragma journal_mode=delete")
-        blocks = [row[0] for row in db.execute("select block from round where record is not null order by block desc")]
-        old = set(blocks[keep_rounds:])
-        named, kept = set[str](), set[str]()
-        for count, block in enumerate(blocks):
-            progress(f"reading record {count + 1} of {len(blocks)}")
-            text = db.execute("select record from round where block = ?", (block,)).fetchone()[0]
-            samples = {s.id for c in decode(text.encode()).competitions.values() for s in c.samples}
-            (named if block in old else kept).update(samples)
-        progress("forgetting")
-        with _Transaction(db):
-            before = db.execute("select count(*) from loss").fetchone()[0]
-            db.execute("create temp table gone(sample text primary key)")
-            db.executemany("insert into gone values (?)", [(sample,) for sample in named - kept])
-            db.execute("delete from loss where sample in (select sample from gone)")
-            db.executemany("delete from round where block = ?", [(block,) for block in old])
-            after = db.execute("select count(*) from loss").fetchone()[0]
-        progress("writing")
-        db.execute("vacuum")
-    return len(old), before - after
+def _copy_newest(db: sqlite3.Connection, part: Path, keep_rounds: int, progress: Callable[[str], None]) -> tuple[int, int]:
+    """Writes `part` without what is forgotten. (rounds, losses) that are."""
+    blocks = [row[0] for row in db.execute("select block from round where record is not null order by block desc")]
+    old = set(blocks[keep_rounds:])
+    named, kept = set[str](), set[str]()
+    for count, block in enumerate(blocks):
+        progress(f"reading record {count + 1} of {len(blocks)}")
+        text = db.execute("select record from round where block = ?", (block,)).fetchone()[0]
+        samples = {s.id for c in decode(text.encode()).competitions.values() for s in c.samples}
+        (named if block in old else kept).update(samples)
+    progress("copying")
+    db.execute("pragma temp_store=memory")
+    db.execute("create temp table gone(key primary key) without rowid")
+    db.executemany("insert into gone values (?)", [(key,) for key in (*(named - kept), *old)])
+    db.execute("attach ? as part", (str(part),))
+    db.execute("pragma part.journal_mode=off")  # nobody uses it yet
+    losses = 0
+    with _Transaction(db):
+        _run(db, _TABLES.replace("create table ", "create table part."))
+        for (table,) in db.execute("select name from part.sqlite_master where type = 'table'").fetchall():
+            key = {"loss": "sample", "round": "block"}.get(table, "null")
+            rows = db.execute(f"insert into part.{table} select * from main.{table} where {key} is null or {key} not in gone")
+            if table == "loss":
+                losses = db.execute("select count(*) from main.loss").fetchone()[0] - rows.rowcount
+        first = "select 'first_decided', min(block) from main.round where weights is not null having count(*)"
+        db.execute(f"insert or ignore into part.meta {first}")
+    return len(old), losses

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -92,6 +92,9 @@ def findings(store: Store, records: Path, progress: Progress) -> Iterator[Findin
     foreign, imported, cells = references.foreign(progress)
     why = " (of a round that is open, or of models that were refused after they were measured)" if foreign else ""
     yield Finding("losses", False, f"{cells:,} cells, {imported:,} of them imported; no record refers to {foreign:,}{why}")
+    for came in store.imports().values():
+        said = f"{came.cells:,} losses of the round of block {came.block}, {came.checked:,} of them measured here as well"
+        yield Finding("imported", False, f"{said}, from {came.source}")
 
 
 def _counted(check: str, faults: Sequence[str], said: str) -> Finding:
@@ -159,7 +162,11 @@ def compact_store(words: list[str]) -> int:
     path = settings.state_dir / STORE
     if not path.exists():
         raise Rejected(Reason.SETTING, f"no store at {path}", "the state folder of a validator that has run")
-    with alone(settings.state_dir, f"a validator that has ended; this is process {os.getpid()}"), _shown() as progress:
+    rule = f"a folder that nothing works in; this is process {os.getpid()}"
+    with alone(settings.state_dir, "a `sn29 store compact`", rule) as lock, _shown() as progress:
+        owner = path.stat()
+        with suppress(PermissionError):  # root, who may have made the lock just now, does not lock the validator out
+            os.fchown(lock.fileno(), owner.st_uid, owner.st_gid)
         done = compact(path, settings.keep_rounds, lambda what: progress(what, 0, 0))
     if settings.json_output:
         print(json.dumps(asdict(done), indent=2))
@@ -284,9 +291,17 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]
         writer = csv.writer(file)
         writer.writerow(columns)
         for row in rows:
-            writer.writerow([repr(value) if isinstance(value, float) else value for value in row])
+            writer.writerow(map(_cell, row))
             count += 1
     return count
+
+
+def _cell(value: object) -> object:
+    """For CSV: every digit of a number; and before text that a spreadsheet would run as a formula, some of which is a miner's
+    own, an apostrophe."""
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else value
+    return repr(value) if isinstance(value, float) else value
 
 
 def _counting(rows: Iterable[Sequence[Any]], tell: Callable[[int], None]) -> Iterator[Sequence[Any]]:

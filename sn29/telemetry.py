@@ -8,27 +8,32 @@ A program that has called `keep_status` also says what it is doing now, in a sma
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
+import re
 import sys
 import threading
 import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
+from queue import Full, Queue
 from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
 from sn29 import __version__
-from sn29.concealment import clean, conceal_environment, without_secrets
+from sn29.concealment import clean, guard, without_secrets
 from sn29.errors import Reason, Rejected
 
 if TYPE_CHECKING:
@@ -40,6 +45,7 @@ Tell = Callable[..., None]
 """tell(event, sentence, **fields)."""
 _whose: ContextVar[str] = ContextVar("whose", default="")
 """Hotkey of the commitment that this task works on."""
+_file: _LogFile | None = None
 
 
 def configure(
@@ -48,25 +54,25 @@ def configure(
     """Sends events to standard error, and as JSON lines to `file` as well if one is given.
 
     The file is begun anew when it has `file_mb` MB (0: never), and `keep` older ones stay beside it, named by their time. What
-    libraries log from WARNING on, and the exception that ends the program, are events too. No output holds values of variables.
-    Raises Rejected(SETTING) for a file that cannot be written.
+    libraries log from WARNING on, warnings, and the exception that ends the program or a thread are events too. No output holds
+    values of variables. Raises Rejected(SETTING) for a file that cannot be written.
     """
-    conceal_environment()
+    global _file
+    guard()
     logger.remove()
     shape = _for_machines if as_json else _for_people
     colour = not as_json and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     logger.add(_write, level=level, format=shape, colorize=colour, diagnose=False, backtrace=False)
+    _file = None
     if file is not None:
-        size, path = int(file_mb * 1e6) or None, str(file)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            logger.add(
-                path, level=level, format=_for_machines, rotation=size, retention=keep, encoding="utf-8", watch=True,
-                diagnose=False, backtrace=False,
-            )  # fmt: skip
+            _file = _LogFile(file, int(file_mb * 1e6), keep)
         except OSError as error:
-            raise Rejected(Reason.SETTING, f"{path}: {error.strerror}", "a file that can be written", "--log.file") from None
+            raise Rejected(Reason.SETTING, f"{file}: {error.strerror}", "a file that can be written", "--log.file") from None
+        logger.add(_file, level=level, format=_for_machines, diagnose=False, backtrace=False)
     sys.excepthook = _ended
+    threading.excepthook = _thread_ended
+    logging.captureWarnings(True)
     if not any(isinstance(handler, _FromLibraries) for handler in logging.root.handlers):
         logging.root.addHandler(_FromLibraries(logging.WARNING))
 
@@ -100,17 +106,25 @@ def _emit(level: str, event: str, sentence: str, fields: Mapping[str, Any], erro
     """The one way out: what is told is one printable line without secrets, whoever wrote its parts."""
     sentence, trace = clean(sentence), ""
     fields = fields if "hotkey" in fields or not _whose.get() else {"hotkey": _whose.get(), **fields}
-    fields = {name: value if isinstance(value, int | float) else clean(value) for name, value in fields.items()}
+    fields = {name: value if _is_number(value) else clean(value) for name, value in fields.items()}
     if error is not None:
         sentence += f": {clean(repr(error))}"
         trace = without_secrets("".join(traceback.format_exception(error)))
     _count(event, sentence, fields, warning=level != "INFO")
     logger.bind(event=event, fields=fields, trace=trace).log(level, "{}", sentence)
+    if _file is not None:
+        _file.own_up()
+
+
+def _is_number(value: object) -> bool:
+    """Whether JSON has a word for it."""
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _write(line: str) -> None:
     """To standard error, which is looked up for each line: a live table puts another in its place."""
-    sys.stderr.write(line)
+    with suppress(OSError):  # a full disk behind it
+        sys.stderr.write(line)
 
 
 def _for_people(record: Record) -> str:
@@ -127,8 +141,81 @@ def _for_machines(record: Record) -> str:
     line |= {"message": record["message"], **extra["fields"]}
     if extra["trace"]:
         line["traceback"] = extra["trace"]
-    extra["line"] = json.dumps(line, default=str)
+    extra["line"] = json.dumps(line, allow_nan=False)
     return "{extra[line]}\n"
+
+
+class _LogFile:
+    """Whole lines at the end of a file, which several processes may write and begin anew: each holds its lock for a line.
+
+    What cannot be written is lost, and counted: a full disk is no reason to stop.
+    """
+
+    def __init__(self, path: Path, max_bytes: int, keep: int) -> None:
+        """max_bytes 0: never begun anew. Raises OSError."""
+        self._path, self._max, self._keep = path, max_bytes, keep
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = self._opened()
+        self._lost, self._why, self._told = 0, "", False
+
+    def write(self, line: str) -> None:
+        try:
+            self._append(line.encode())
+        except OSError as error:
+            self._lost, self._why = self._lost + 1, error.strerror or str(error)
+        else:
+            self._why = ""
+
+    def stop(self) -> None:
+        os.close(self._fd)
+
+    def own_up(self) -> None:
+        """Tells that lines are lost, and later that they are no more; once each."""
+        if self._why and not self._told:
+            self._told = True
+            warn("log_file", f"{self._path}: {self._why}: events are not in it until there is room again")
+        elif self._told and not self._why:
+            lost, self._told, self._lost = self._lost, False, 0
+            tell("log_file", f"{self._path}: is written again", lost=lost)
+
+    def _append(self, line: bytes) -> None:
+        self._lock()
+        try:
+            if self._max and (size := os.fstat(self._fd).st_size) and size + len(line) > self._max:
+                with suppress(OSError):  # a folder that nobody may write to: the file grows on
+                    self._begin_anew()
+            size = os.fstat(self._fd).st_size
+            if os.write(self._fd, line) < len(line):
+                os.ftruncate(self._fd, size)  # half a line is none
+                raise OSError(None, "no room for a whole line")
+        finally:
+            with suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def _lock(self) -> None:
+        """Of the file that has the name now: another process, or logrotate, may have moved ours away."""
+        while True:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self._path), os.fstat(self._fd)):
+                    return
+            fd = self._opened()
+            os.close(self._fd)
+            self._fd = fd
+
+    def _opened(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def _begin_anew(self) -> None:
+        """Called with the lock, which ends with it. Files beside it go that we have named, and no others."""
+        path, stem, suffix = self._path, re.escape(self._path.stem), re.escape(self._path.suffix)
+        path.rename(path.with_name(f"{path.stem}.{datetime.now(UTC):%Y-%m-%d_%H-%M-%S_%f}{path.suffix}"))
+        ours = re.compile(rf"{stem}\.\d{{4}}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{{6}}{suffix}")
+        old = sorted(other for other in path.parent.iterdir() if ours.fullmatch(other.name))
+        for other in old[: max(0, len(old) - self._keep)]:
+            other.unlink(missing_ok=True)
+        self._lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,16 +263,26 @@ def _ended(kind: type[BaseException], error: BaseException, trace: TracebackType
         _emit("ERROR", "bug", "ended by what nobody expected", {}, error)
 
 
+def _thread_ended(end: threading.ExceptHookArgs) -> None:
+    if not issubclass(end.exc_type, SystemExit):
+        name = end.thread.name if end.thread else "one"
+        _emit("ERROR", "bug", f"thread {name} ended by what nobody expected", {}, end.exc_value)
+
+
 # --- what a program is doing now --------------------------------------------------------------------------------------
 
 STATUS = "status.json"
 """Name of the file, in the program's own folder."""
 STAGES = ("waiting", "training", "reading", "inspecting", "fetching", "measuring", "deciding", "publishing")
 """What a program can be at, in the order of a round; a miner trains before."""
+STOPPED = "stopped"
+"""Instead of a stage: the program has ended."""
 MAX_WARNINGS = 20
 MAX_STARTS = 10
 _LONGEST_SENTENCE = 400
 _LEAST_PAUSE_S = 1.0
+_LARGEST = 1e15
+"""No block, time or count is larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,19 +312,24 @@ class Status:
     round: int | None = None
     """Block of the round in hand."""
     stage: str = STAGES[0]
-    """One of STAGES."""
+    """One of STAGES, or STOPPED."""
     done: int = 0
     of: int = 0
     """How many there are to do in this stage; 0 when that is not known."""
     stage_started: float = 0.0
+    done_before: int = 0
+    """How many were done at `counted_since`, when counting to `of` began in this stage: a stage goes on where it was left."""
+    counted_since: float = 0.0
     detail: str = ""
-    """One line: whose model, or why it waits."""
+    """One line: whose model, why it waits, or why it has stopped; empty there: it was asked to."""
     head: int | None = None
     """Newest final block that was seen."""
     head_time: float | None = None
     """When that block came."""
     next_window: int | None = None
     """Seed block of the next window of any competition."""
+    unpublished_since: float | None = None
+    """Since when every try to set weights has failed; None while they do not."""
     counters: Mapping[str, int] = field(default_factory=dict)
     """Event -> how often it was told since the start."""
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
@@ -251,9 +353,9 @@ class Status:
             warned = [Warned(**{k: v for k, v in row.items() if k in names}) for row in known.pop("warnings", ())]
             found = cls(**known | {"starts": tuple(known.get("starts", ()))}, warnings=tuple(warned))
             _check_numbers(found)
-            texts = [found.version, found.program, found.hotkey, found.stage, found.detail]
+            texts = [found.version, found.program, found.hotkey, found.stage, found.detail, *found.counters, *found.stage_seconds]
             said = [text for w in found.warnings for text in (w.event, w.sentence, w.hotkey)]
-            if not all(isinstance(x, str) for x in (*texts, *said)):
+            if not all(isinstance(x, str) and x.isprintable() for x in (*texts, *said)):
                 raise ValueError("a text that is none")
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError, OverflowError) as error:
             raise Rejected(Reason.SETTING, str(error)[:200], "what a validator or a miner writes", where) from None
@@ -263,9 +365,11 @@ class Status:
 def _check_numbers(status: Status) -> None:
     """Raises ValueError."""
     numbers: list[object] = [status.pid, status.started, status.updated, status.stage_started, status.done, status.of]
-    numbers += [x for x in (status.round, status.head, status.head_time, status.next_window) if x is not None]
+    numbers += [status.done_before, status.counted_since]
+    some = (status.round, status.head, status.head_time, status.next_window, status.unpublished_since)
+    numbers += [x for x in some if x is not None]
     numbers += [*status.counters.values(), *status.stage_seconds.values(), *status.starts, *(w.time for w in status.warnings)]
-    if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+    if not all(isinstance(x, int | float) and -_LARGEST <= x <= _LARGEST for x in numbers):
         raise ValueError("a number that is none")
 
 
@@ -291,6 +395,9 @@ class _Board:
                 before, spent = self._status.stage, max(0.0, time.time() - self._status.stage_started)
                 self._seconds[before] = self._seconds.get(before, 0.0) + spent
                 changes["stage_started"], now = time.time(), True
+            done, of = changes.get("done", self._status.done), changes.get("of", self._status.of)
+            if "stage_started" in changes or of != self._status.of or done < self._status.done:
+                changes |= {"done_before": done, "counted_since": time.time()}
             self._status = replace(self._status, **changes)
             self._write(now=now)
 
@@ -345,11 +452,11 @@ def keep_status(path: Path, program: str) -> None:
     _board.change(now=True)
 
 
-def leave_status() -> None:
-    """The file stays as it is now."""
+def leave_status(why: str = "") -> None:
+    """The file says that the program has ended, and why if it was not asked to."""
     global _board
     if _board is not None:
-        _board.change(now=True)
+        _board.change(stage=STOPPED, done=0, of=0, detail=_line(clean(why)), round=None, now=True)
     _board = None
 
 
@@ -361,7 +468,8 @@ def stage(name: str, done: int = 0, of: int = 0, detail: str = "") -> None:
 
 
 def note(**facts: Any) -> None:
-    """Facts of `Status`: hotkey, round, head, head_time, next_window; without any the file only says that the program lives."""
+    """Facts of `Status`: hotkey, round, head, head_time, next_window, unpublished_since; without any the file only says that
+    the program lives."""
     if _board is not None:
         _board.change(**facts)
 
@@ -393,19 +501,69 @@ def _line(text: str) -> str:
 
 # --- curves elsewhere -------------------------------------------------------------------------------------------------
 
+_WANDB_PAUSE_S = 600.0
+_WANDB_QUEUE = 10_000
 
-def open_wandb(project: str, folder: Path, config: Mapping[str, Any]) -> Any:
-    """A run of Weights & Biases with `log(values, step=n)` and `finish()`; a folder's run goes on when it is opened again.
+
+class Curves:
+    """A run of Weights & Biases; a folder's run goes on when it is opened again.
+
+    A thread of its own opens it and sends. Nobody waits for it, and whatever fails in it is one warning: with what is logged
+    _WANDB_PAUSE_S later it is opened again, and what was logged meanwhile is not sent.
 
     Of its own accord wandb also sends the command line, where a token may stand, all output and the repository: not here.
-    WANDB_MODE=offline writes below the folder, for `wandb sync` later. Raises Rejected(SETTING) where it is not installed.
+    WANDB_MODE=offline writes below the folder, for `wandb sync` later.
     """
-    try:
+
+    def __init__(self, project: str, folder: Path, config: Mapping[str, Any]) -> None:
+        """config: what is said of the run. Raises Rejected(SETTING) where wandb is not installed."""
+        if find_spec("wandb") is None:
+            raise Rejected(Reason.SETTING, "--wandb without the package", "pip install 'sn29[wandb]'", "--wandb")
+        self._project, self._folder, self._config = project, folder, dict(config)
+        self._queue: Queue[tuple[Mapping[str, Any], int] | None] = Queue(_WANDB_QUEUE)
+        self._queue.put(({}, 0))  # opens it
+        self._thread = threading.Thread(target=self._work, name="sn29-work-wandb", daemon=True)
+        self._thread.start()
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        with suppress(Full):
+            self._queue.put_nowait((values, step))
+
+    def finish(self, within_s: float = 10.0) -> None:
+        """Waits as long for all to be sent."""
+        with suppress(Full):
+            self._queue.put_nowait(None)
+        self._thread.join(within_s)
+        if self._thread.is_alive():
+            warn("wandb", f"not all was sent within {within_s:.3g} s; `wandb sync` sends what lies in {self._folder / 'wandb'}")
+
+    def _work(self) -> None:
+        run, closed_until = None, 0.0
+        while (item := self._queue.get()) is not None:
+            if run is None and time.monotonic() < closed_until:
+                continue
+            try:
+                run = run or self._opened()
+                if item[0]:
+                    run.log(dict(item[0]), step=item[1])
+            except Exception as error:  # noqa: BLE001 - its errors have no common root, and none of them is the program's
+                run, closed_until = None, time.monotonic() + _WANDB_PAUSE_S
+                said = f"{type(error).__name__}: {error}"
+                warn("wandb", f"{said}; tried again in {_WANDB_PAUSE_S / 60:g} min, nothing waits for it")
+        if run is not None:
+            run.finish()
+
+    def _opened(self) -> Any:
         import wandb
-    except ImportError:
-        raise Rejected(Reason.SETTING, "--wandb without the package", "pip install 'sn29[wandb]'", "--wandb") from None
-    name = hashlib.sha256(f"{folder.resolve()} {config.get('began')}".encode()).hexdigest()[:16]
-    quiet = wandb.Settings(
-        console="off", disable_git=True, save_code=False, x_disable_meta=True, x_disable_machine_info=True, x_disable_stats=True
-    )
-    return wandb.init(project=project, dir=folder, id=name, resume="allow", config=dict(config), settings=quiet)
+
+        if wandb.setup(wandb.Settings(silent=True)).settings.mode == "online" and not wandb.login(verify=False, prompt=False):
+            raise wandb.UsageError("no API key: set WANDB_API_KEY, or `wandb login` once")
+        about = f"{self._folder.resolve()} {self._config.get('began')} {self._config.get('hotkey')}"
+        quiet = wandb.Settings(
+            console="off", disable_git=True, save_code=False, x_disable_meta=True, x_disable_machine_info=True,
+            x_disable_stats=True, silent=True,
+        )  # fmt: skip
+        return wandb.init(
+            project=self._project, dir=self._folder, id=hashlib.sha256(about.encode()).hexdigest()[:16], resume="allow",
+            config=self._config, settings=quiet, reinit="create_new",
+        )  # fmt: skip

@@ -1,17 +1,24 @@
 """A new validator takes over another one's newest records with their losses, and is at work in the window that is open.
 
-    newest two     of the other's records. If the newest is of the round that is due, what is remembered (crowns, weights, claims)
-                   comes from the one before it, and the newest one's losses let this validator judge that round itself, at once;
-                   else what is remembered comes from the newest
-    rows           models whose losses the record holds, that the Hub still serves and our own rules admit
-    drawn          cells (model x text) of all rows, by the hash of the record's address and our own hotkey: the same ones every
-                   time, and whoever wrote the record cannot have picked one whose wrong cells nobody draws
-    measured       here, from the files; every one must agree, and so must the tensors. Else nothing at all is taken over
-    taken over     into the table of losses, each cell marked with the import that it came with
+    newest two     of the other's records. If the newest is of the round that is due, what is remembered (crowns, weights) comes
+                   from the one before it, and the newest one's losses let this validator judge that round itself, at once.
+                   Else it begins from the newest alone: no round would ask for its losses
+    rows           models whose losses the record holds, whose commitment stands on chain, that the Hub still serves and our own
+                   rules admit
+    drawn          cells (model x text) of all rows, by a secret of this store: the same ones every time, and nobody else knows
+                   them. Besides, every cell that is not finite, or not between a quarter and four times its row's median of
+                   nats a byte
+    measured       here, from the files, to the same bits; and so must the tensors be. Else no loss is taken over: of a machine
+                   of another kind, which is off by a little, the record is begun from all the same; a record that is off by
+                   more is refused
+    taken over     into the table of losses, each cell marked with the import that it came with, in one step with what is
+                   remembered. It is measured again only where its model runs anyway (`measurement`); this validator's record
+                   of the round does not tell it from its own, `sn29 store check` does
 
-The draw finds a share f of wrong cells but with probability (1 - f)^n, n cells being drawn: of 200 cells, 1 % of wrong ones go
-unseen with 13 %, 2 % with 1.8 %, 5 % with 0.004 %. A single changed cell is not found; it moves no mean by more than its share.
-What a model is, its claim and its age are looked up here or taken from the record as by `round.begin_with`.
+The draw finds a share f of wrong cells (of all of them) but with probability (1 - f)^n, n cells being drawn: of 200 cells, 1 % of
+wrong ones go unseen with 13 %, 2 % with 1.8 %, 5 % with 0.004 %. A few wrong ones that look like any other are so not found, and
+count in one window. What a scoring rule remembers is taken on trust (`round.begin_with`), which moves a crown in an easier way:
+whom an operator names here, it trusts.
 """
 
 from __future__ import annotations
@@ -23,24 +30,26 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from sn29 import record_files
 from sn29.errors import Reason, Rejected, Unavailable
 from sn29.examination import Entrant, Ports, Rules, inspect
 from sn29.measurement import measure_again, profile_of, tokenizer_id_of
 from sn29.models.checkpoint import digest
-from sn29.records import Commitment, Loss, ModelId, Sample
-from sn29.round import begin_with, check_record, window_samples
+from sn29.records import Commitment, Loss, Outcome, Sample
+from sn29.round import begin_with, check_record, commitments_at, window_samples
 from sn29.round_record import ModelRecord, RoundRecord, address
 from sn29.rules.competition import Competition, tokenizer_for
 from sn29.rules.selection import next_round
-from sn29.store import Imported, StoredLoss
+from sn29.store import Imported, LossesOfAnother, StoredLoss
 from sn29.telemetry import stage, tell, warn
 
-BOUNDS = {"float32": 1e-5, "bfloat16": 2e-3}
-"""Largest difference of one loss between machines, as a share of it (at least 1 nat a token counts): for float32 what the engine's
-own tests allow between profiles (1e-5), for bfloat16, of which some 1e-4 are known (performance of one model on two devices; not
-measured here), four times the least advantage (5e-4) by which a model wins. On one kind of machine it is 0."""
+_OTHER_MACHINE = {"float32": 1e-5, "bfloat16": 2e-3}
+"""Up to this share of a loss (of at least 1 nat a token) the difference may be another machine's, beyond it is no machine's: for
+float32 what the engine's own tests allow between profiles, for bfloat16 a guess. No loss is taken over with either."""
+_ODD = 4.0
+"""Factor between a cell's nats a byte and its row's median from which on it is measured, drawn or not."""
 _SHARES = (0.01, 0.05)
 
 
@@ -56,6 +65,16 @@ class _Row:
     profile: str
     """The way in which this machine would compute them."""
 
+    def odd(self) -> set[int]:
+        """Places of cells that stand out."""
+        rates = [nats / max(sample.num_bytes, 1) for sample, nats in zip(self.samples, self.model.losses, strict=True)]
+        middle = median([rate for rate in rates if math.isfinite(rate)] or [0.0])
+        return {place for place, rate in enumerate(rates) if not middle / _ODD <= rate <= middle * _ODD}
+
+    def cells(self) -> list[StoredLoss]:
+        content, tokenizer = self.entrant.facts.content_id, self.model.tokenizer_id
+        return [StoredLoss(content, tokenizer, self.profile, loss) for loss in self.losses()]
+
     def losses(self) -> tuple[Loss, ...]:
         """The tokens of one text stand in no record: their sum stands at the first cell that has a loss, and so it is right."""
         reasons, left = iter(self.model.unscored), self.model.num_tokens
@@ -70,7 +89,7 @@ async def warm_start(ports: Ports, rules: Rules, named: Sequence[Path], *, cells
     """Takes over from the folders (or files) of another validator's records; False where rounds were judged here already.
 
     cells: how many are drawn. Raises Rejected(RECORD) for records that are not of this chain, do not give their own bits, or
-    disagree with what is measured here: then nothing was taken over. Unavailable when nothing could be checked.
+    disagree with what is measured here: then nothing was taken over. Unavailable when chain or Hub do not answer.
     """
     if ports.store.last_finished() is not None:
         tell("warm_start", "rounds were judged here already: nothing is taken over")
@@ -78,25 +97,36 @@ async def warm_start(ports: Ports, rules: Rules, named: Sequence[Path], *, cells
     newest, path, before = _newest(named)
     lengths = {name: rules.at(name, 0).samples.window_blocks for name in rules.files}
     due = next_round(lengths, (await ports.chain.finalized()).block, None, 1)
-    begin = before if before is not None and newest.head.block == due else newest
-    for record in (newest, begin):
+    if newest.head.block != due or before is None:
+        why = (
+            "has none beside it that it follows on" if newest.head.block == due else f"is not of the round that is due, of {due}"
+        )
+        tell("warm_start", f"{path} {why}: begun from without its losses, which no round would ask for")
+        return await begin_with(ports, newest)
+    for record in (newest, before):
         await check_record(ports, record)
     stage("measuring", detail=f"a sample of the losses of {path}")
     rows = await _rows(ports, rules, newest, path)
-    drawn = _drawn(rows, f"{address(newest)} {ports.chain.hotkey}", cells)
-    worst, digests = await _check(ports, rows, drawn, newest.head.block, path)
-    kept = {number: row for number, row in enumerate(rows) if number in digests or number not in drawn}
-    checked = sum(len(drawn[number]) for number in digests)
-    num_cells = sum(len(row.samples) for row in kept.values())
-    source = str(path.absolute())
-    came = Imported(source, address(newest), newest.head.block, time.time(), num_cells, checked, worst)
-    _take_over(ports, kept, came, digests)
-    return await begin_with(ports, begin)
+    drawn = _drawn(rows, f"{ports.store.secret()} {address(newest)}", cells)
+    digests = await _check(ports, rows, drawn, newest.head.block, path)
+    losses = None if digests is None else _taken(rows, drawn, digests, newest, before, path)
+    begun = await begin_with(ports, before, losses)
+    if losses is not None:
+        came = losses.came
+        random = sum(len(drawn.get(number, ())) for number in digests or ())
+        unseen = ", ".join(f"{share:.0%} of them with at most {(1 - share) ** random:.1%}" for share in _SHARES)
+        what = f"{came.cells:,} losses of {len({cell.content_id for cell in losses.cells})} models were taken over from {path}"
+        how = f"{came.checked:,} were measured here and are the same to the bit, {random:,} of them drawn"
+        tell("warm_start", f"{what}; {how}. Wrong ones would have gone unseen: {unseen}", block=came.block, cells=came.cells)
+    return begun
 
 
 def _newest(named: Sequence[Path]) -> tuple[RoundRecord, Path, RoundRecord | None]:
     """The newest record with its file, and the one that it followed on if that is there."""
-    found = [next(record_files.newest_first(path), None) for path in named]
+    try:
+        found = [next(record_files.newest_first(path), None) for path in named]
+    except Unavailable as error:
+        raise Rejected(Reason.SETTING, str(error), "records that can be read", "--warm-start") from None
     newest = max((one for one in found if one is not None), key=lambda one: one[1].head.block, default=None)
     if newest is None:
         raise Rejected(Reason.SETTING, ", ".join(map(str, named)), "files or folders with round records", "--warm-start")
@@ -119,6 +149,7 @@ async def _rows(ports: Ports, rules: Rules, record: RoundRecord, path: Path) -> 
         got = f"losses in {record.machine.get('dtype')}"
         raise Rejected(Reason.RECORD, got, f"{ports.machine.dtype}, as this validator measures", str(path))
     found: dict[tuple[str, str], _Row] = {}
+    trouble = ""
     for name, kept in sorted(record.competitions.items()):
         if name not in rules.files:
             warn("warm_start", f"{name} is no competition here: its losses are left out")
@@ -131,22 +162,30 @@ async def _rows(ports: Ports, rules: Rules, record: RoundRecord, path: Path) -> 
             raise Rejected(Reason.RECORD, got, f"{limit}, drawn here", f"{path}: {name}: samples")
         shared = tokenizer_for(competition, has_own=False)
         largest_id = (await asyncio.to_thread(ports.tokenizer, shared)).largest_id if shared else None
+        on_chain = await commitments_at(ports, window.seed.block - 1)
         for model in (m for m in kept.models if m.losses and m.entry is not None):
             assert model.entry is not None
-            commitment = Commitment(
-                model.hotkey, model.outcome.block, ModelId.parse(model.outcome.model),
-                digest(model.entry.content_id, model.hotkey), name,
-            )  # fmt: skip
-            entrant = await inspect(ports, rules, competition, window, commitment, largest_id, block=record.head.block)
-            if not isinstance(entrant, Entrant) or tokenizer_id_of(competition, entrant) != model.tokenizer_id:
-                warn(
-                    "warm_start", "its losses are left out: the Hub does not show what the record says of it", hotkey=model.hotkey
-                )
-                continue
-            profile = await profile_of(ports, competition, entrant)
-            row = _Row(competition, entrant, model, samples[: len(model.losses)], profile)
-            found.setdefault((entrant.facts.content_id, name), row)
+            commitment, why = on_chain.get(model.hotkey), "the chain shows another commitment, or none"
+            if isinstance(commitment, Commitment) and _is_of(commitment, name, model.entry.content_id, model.outcome.model):
+                entrant = await inspect(ports, rules, competition, window, commitment, largest_id, block=record.head.block)
+                if isinstance(entrant, Entrant) and tokenizer_id_of(competition, entrant) == model.tokenizer_id:
+                    profile = await profile_of(ports, competition, entrant)
+                    row = _Row(competition, entrant, model, samples[: len(model.losses)], profile)
+                    found.setdefault((entrant.facts.content_id, name), row)
+                    continue
+                why = entrant.detail if isinstance(entrant, Outcome) else "the Hub shows another model"
+                trouble = why if isinstance(entrant, Outcome) and entrant.status == "unavailable" else trouble
+            warn("warm_start", f"its losses are left out: {why}", hotkey=model.hotkey)
+    if not found and trouble:
+        raise Unavailable("warm start", trouble)
+    if not found:
+        warn("warm_start", f"{path} has no losses of a model that stands and is served: begun from without them")
     return list(found.values())
+
+
+def _is_of(commitment: Commitment, competition: str, content_id: str, model: str) -> bool:
+    expected = competition, model, digest(content_id, commitment.hotkey)
+    return (commitment.competition, str(commitment.model), commitment.digest) == expected
 
 
 def _drawn(rows: Sequence[_Row], seed: str, cells: int) -> dict[int, list[int]]:
@@ -167,14 +206,14 @@ def _drawn(rows: Sequence[_Row], seed: str, cells: int) -> dict[int, list[int]]:
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
-async def _check(
-    ports: Ports, rows: list[_Row], drawn: dict[int, list[int]], block: int, path: Path
-) -> tuple[float, dict[int, str]]:
-    """The largest difference, and the digest of the tensors of each row that was measured; one that cannot be measured now is
-    left out. Raises Rejected(RECORD) at the first cell that does not agree, Unavailable when none could be measured."""
-    worst, digests = 0.0, dict[int, str]()
-    trouble = Unavailable("warm start", "the record has no losses of a model that is served")
-    for number, places in sorted(drawn.items()):
+async def _check(ports: Ports, rows: list[_Row], drawn: dict[int, list[int]], block: int, path: Path) -> dict[int, str] | None:
+    """The digest of the tensors of each row that was measured; one that cannot be measured now is left out. None where this
+    machine computes otherwise, and where there is no row.
+
+    Raises Rejected(RECORD) at the first cell that no machine gives, Unavailable when none could be measured.
+    """
+    digests, trouble = dict[int, str](), None
+    for number, places in _to_measure(rows, drawn).items():
         row, hotkey = rows[number], rows[number].model.hotkey
         where = f"{path}: {row.competition.name}: {hotkey}"
         try:
@@ -189,36 +228,51 @@ async def _check(
             raise Rejected(Reason.RECORD, f"tensors {row.model.tensor_digest}", f"{found.tensor_digest}, read here", where)
         theirs = row.losses()
         for place, mine in zip(places, found.losses, strict=True):
-            worst = max(worst, _difference(theirs[place], mine, BOUNDS[ports.machine.dtype], where))
+            if not _is_equal(theirs[place], mine, _OTHER_MACHINE[ports.machine.dtype], where):
+                return None
         digests[number] = found.tensor_digest
-    if not digests:
+    if trouble is not None and not digests:
         raise trouble
-    return worst, digests
+    return digests or None
 
 
-def _difference(theirs: Loss, mine: Loss, bound: float, where: str) -> float:
-    """As a share of the loss. Raises Rejected(RECORD) beyond the bound."""
-    if theirs.nats == mine.nats and theirs.reason == mine.reason:
-        return 0.0
+def _to_measure(rows: list[_Row], drawn: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+    """By row: the drawn cells, and those that stand out."""
+    every = {number: sorted({*drawn.get(number, ()), *row.odd()}) for number, row in enumerate(rows)}
+    return {number: places for number, places in every.items() if places}
+
+
+def _is_equal(theirs: Loss, mine: Loss, bound: float, where: str) -> bool:
+    """To the bit. Raises Rejected(RECORD) for a difference beyond `bound`, as a share of the loss."""
+    if (theirs.nats, theirs.reason) == (mine.nats, mine.reason):
+        return True
     share = math.inf
     if math.isfinite(theirs.nats) and math.isfinite(mine.nats):
         share = abs(theirs.nats - mine.nats) / max(abs(mine.nats), float(mine.num_tokens), 1.0)
+    got = f"{theirs.nats!r} nats on sample {theirs.sample}{f' ({theirs.reason})' if theirs.reason else ''}"
+    limit = f"{mine.nats!r}, measured here{f' ({mine.reason})' if mine.reason else ''}"
     if share > bound:
-        got = f"{theirs.nats!r} nats on sample {theirs.sample}{f' ({theirs.reason})' if theirs.reason else ''}"
-        limit = f"{mine.nats!r}, measured here{f' ({mine.reason})' if mine.reason else ''}, but for {bound:g} of it"
-        raise Rejected(Reason.RECORD, got, limit, where)
-    return share
+        raise Rejected(Reason.RECORD, got, f"{limit}, but for {bound:g} of it", where)
+    warn("warm_start", f"none of its losses is taken over, as by a machine of another kind: got {got}, rule {limit} ({where})")
+    return False
 
 
-def _take_over(ports: Ports, rows: Mapping[int, _Row], came: Imported, digests: Mapping[int, str]) -> None:
-    cells = [
-        StoredLoss(row.entrant.facts.content_id, row.model.tokenizer_id, row.profile, loss)
-        for row in rows.values()
-        for loss in row.losses()
-    ]
-    tensors = {row.entrant.facts.content_id: digests.get(n, row.model.tensor_digest) for n, row in rows.items()}
-    taken = ports.store.import_losses(came, cells, {content: found for content, found in tensors.items() if found})
-    unseen = ", ".join(f"{share:.0%} with {(1 - share) ** came.checked:.1%}" for share in _SHARES)
-    what = f"{taken:,} losses of {len(rows)} models were taken over from {came.source}"
-    how = f"{came.checked:,} of them were measured here, the largest difference is {came.worst:.1g} of a loss"
-    tell("warm_start", f"{what}; {how}. So many wrong ones would have gone unseen: {unseen}", block=came.block, cells=taken)
+def _taken(
+    rows: list[_Row],
+    drawn: Mapping[int, Sequence[int]],
+    digests: Mapping[int, str],
+    record: RoundRecord,
+    before: RoundRecord,
+    path: Path,
+) -> LossesOfAnother:
+    """Of the rows that were measured, and of those of which nothing was drawn. Tensors are those that were read here, known
+    since the round before where its record has them."""
+    asked = _to_measure(rows, drawn)
+    kept = [row for number, row in enumerate(rows) if number in digests or number not in asked]
+    cells = [cell for row in kept for cell in row.cells()]
+    old = {(m.facts.content_id, m.tensor_digest) for c in before.competitions.values() for m in c.models if m.facts}
+    found = [(rows[number].entrant.facts.content_id, tensors) for number, tensors in digests.items()]
+    tensors = [(*each, (before if each in old else record).head.block) for each in found]
+    checked = sum(len(asked[number]) for number in digests)
+    came = Imported(str(path.absolute()), address(record), record.head.block, time.time(), len(cells), checked)
+    return LossesOfAnother(came, cells, tensors)

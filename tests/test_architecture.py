@@ -132,9 +132,9 @@ MAX_LINES = 60
 # Longer functions, with the reason why they are better whole: "file:function" -> reason.
 LONG_FUNCTIONS: dict[str, str] = {}
 
-# Places that may catch everything: the outermost loops of the two programs, and the child process that runs strangers'
-# models.
-MAY_CATCH_ALL = {"neurons/validator.py", "sn29/round.py", "sn29/evaluation/forkserver.py"}
+# Places that may catch everything: the outermost loops of the two programs, the child process that runs strangers' models, and
+# the thread that wandb works in, whose errors have no common root.
+MAY_CATCH_ALL = {"neurons/validator.py", "sn29/round.py", "sn29/evaluation/forkserver.py", "sn29/telemetry.py"}
 
 
 @dataclass(frozen=True)

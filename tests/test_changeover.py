@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import hashlib
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_round import RULES, WINDOW, Subnet, subnet
 
-from neurons.adapters import Tokenizers, dataset_of, parse_texts
+from neurons.adapters import RulesReader, Tokenizers, dataset_of, parse_texts
+from neurons.validator import NotedRules, _rounds
+from sn29 import rules
 from sn29.changeover import due, note, software
 from sn29.errors import Rejected
 from sn29.examination import Machine, Ports, Rules
@@ -19,6 +25,7 @@ from sn29.hub import Hub
 from sn29.records import Head
 from sn29.round import plan_round, run_round
 from sn29.round_record import RoundRecord
+from sn29.settings import ValidatorSettings, read
 from sn29.store import ChainSeen, Store
 
 __all__ = ["subnet"]
@@ -101,12 +108,16 @@ def test_what_is_taken_back_before_its_block_never_held(store, events):
     assert judged(store, 4000, THIRD) == ("third", 4000, None)
 
 
-def test_who_was_away_for_longer_than_a_window_has_what_the_others_have(store):
+def test_who_was_away_for_longer_than_a_window_leaves_the_open_one_out(store, events):
+    """Whether the others got the new files before its block or after it cannot be known."""
     judged(store, 2010)
     finish(store, 2000)
-    assert judged(store, 9100, NEW) == ("old", 0, 8999), "the one missed round before"
-    finish(store, 8000)
-    assert judged(store, 9100, NEW) == ("new", 9000, None)
+    assert judged(store, 9100, NEW) == ("new", 10_000, None)
+    assert [sentence for event, sentence in events if event == "rules"] == [
+        "new rules (c00.yaml has another text) take effect from block 10000 on: by which ones others judge the window that is"
+        " open cannot be known here, after more than a window: it is left out"
+    ]
+    assert judged(store, 10_000, NEW) == ("new", 10_000, None)
 
 
 def test_other_software_waits_for_its_block_and_says_which(store, events):
@@ -133,25 +144,60 @@ def test_software_that_comes_when_the_round_has_ended_waits_without_a_warning(st
     assert [event for event, _ in events] == ["rules"]
 
 
-def test_a_round_that_an_older_sn29_opened_by_other_files_is_not_judged_by_these(store):
+def test_a_round_that_an_older_sn29_opened_by_other_files_is_not_judged_by_these(store, events):
     store.open_round(2000, {"rules": dict(parse(NEW).hashes)})
     assert judged(store, 2500) == ("old", 3000, None)
     assert due(store, 2500, HERE, 2, parse, set()).since == 3000
+    assert events == [("rules", "the window that is open was begun with other files: these hold from block 3000 on")]
 
 
-def test_files_that_this_software_does_not_read_are_not_judged_by(store):
+def test_an_ancient_round_that_was_never_finished_skips_no_window(store, events):
+    store.open_round(1000, {"rules": dict(parse(NEW).hashes)})
+    finish(store, 8000)
+    assert judged(store, 9100) == ("old", 0, None)
+    assert events == []
+
+
+def test_files_that_this_software_does_not_read_are_not_judged_by(store, events):
     note(store, 2010, {"c00.yaml": "no competition"}, HERE, lambda texts: parse(OLD))
     store.open_round(2000, {"rules": dict(parse(OLD).hashes)})
     with pytest.raises(Rejected):
         parse({"c00.yaml": "no competition"})
-    assert judged(store, 2500) is None
+    said: set[int] = set()
+    for block in (2500, 2600):
+        assert judged(store, block, said=said) is None
+    first, second = events
+    assert first[1].endswith("take effect from block 3000 on: what is due before that, the former software judges")
+    assert second[0] == "rules_wait"
     assert judged(store, 3000) == ("old", 3000, None)
 
 
 def test_what_decides_a_bit_is_named():
     found = software()
-    assert set(found) == {"rules", "engine", "torch", "transformers", "tokenizers"}
-    assert all(re.match(r"\d", one) for one in found.values())
+    assert set(found) == {"rules", "engine", "torch", "transformers", "tokenizers", "numpy"}
+    assert all(re.fullmatch(r"\d[0-9.a-z]*", one) for one in found.values()), "without the build: cu126 and cu128 are one code"
+
+
+CODE = (1, "839913c9236553b2")
+"""RULES_VERSION, and a digest of the code of sn29/rules as it was when that was last looked at."""
+
+
+def test_a_change_of_the_rules_raises_their_version():
+    """Every change of the code fails here once. Where the same commitments and losses come to other weights by it, or might,
+    raise RULES_VERSION; then write both here."""
+    folder = Path(rules.__file__).parent
+    code = [(path.name, shape(ast.parse(path.read_text()))) for path in sorted(folder.glob("[!_]*.py"))]
+    assert (rules.RULES_VERSION, hashlib.sha256(repr(code).encode()).hexdigest()[:16]) == CODE
+
+
+def shape(node: Any) -> Any:
+    """A syntax tree without comments and docstrings, the same in every Python: fields that are empty are left out."""
+    if isinstance(node, ast.AST):
+        fields = [(name, shape(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return [type(node).__name__, *(field for field in fields if field[1] != [])]
+    if isinstance(node, list):
+        return [shape(one) for one in node if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))]
+    return repr(node)
 
 
 # --- two validators ---------------------------------------------------------------------------------------------------
@@ -209,3 +255,51 @@ def test_two_validators_that_change_their_rules_at_other_times_judge_alike(subne
     assert upgraded.last_finished() == block + WINDOW
     assert [r.block for r in upgraded.open_rounds()] == [block]
     assert replace(first[0], weights={}) != first[0], "weights were decided"
+
+
+class HeldHub(Hub):
+    """Lists nothing before it is told to: so long a round lasts."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(endpoint, timeout_s=2, attempts=1, pause_s=0.05)
+        self.asked, self.go_on = threading.Event(), threading.Event()
+
+    def listing(self, *words, **more):
+        self.asked.set()
+        assert self.go_on.wait(60)
+        return super().listing(*words, **more)
+
+
+def test_files_that_come_during_a_round_are_noted_when_they_come(subnet, model):
+    """A round that lasts beyond the next window's block: who ends it sooner, or is restarted, changes at the same block."""
+    subnet.publish("ann", model(1))
+    subnet.next_window()
+    block = subnet.ledger.head() // WINDOW * WINDOW
+    folder, state = subnet.folder / "competitions", subnet.folder / "slow"
+    settings = read(
+        ValidatorSettings, ["--network", "localnet", "--competitions.dir", str(folder), "--rounds", "1", "--poll", "0.05"]
+    )
+    store, hub = Store(state / "store.db"), HeldHub(subnet.hub.endpoint)
+
+    async def story() -> None:
+        async with subnet.chain("validator") as chain:
+            machine = Machine(state / "models", state / "records", "cpu", "float32", 1, 120, 60)
+            tokenizers = Tokenizers(hub, state / "tokenizers")
+            ports = Ports(chain, hub, store, dataset_of(hub, folder), tokenizers, machine, subnet.evaluator)
+            noted, done = NotedRules(ports, RulesReader(settings), HERE, asyncio.Lock()), asyncio.Event()
+            tasks = [asyncio.create_task(_rounds(settings, noted, done, None)), asyncio.create_task(noted.watch(done, 0.05))]
+            assert await asyncio.to_thread(hub.asked.wait, 60)
+            (folder / "c00.yaml").write_text(NEW["c00.yaml"])
+            async with asyncio.timeout(60):
+                while len(store.rules_kept()) == 1:
+                    await asyncio.sleep(0.05)
+            subnet.next_window()
+            hub.go_on.set()
+            await asyncio.gather(*tasks)
+
+    asyncio.run(story())
+    assert [kept.since for kept in store.rules_kept()] == [0, block + WINDOW]
+    (ended,) = store.rounds()
+    assert (ended.block, ended.record.competitions["c00"].file_sha256) == (block, parse(OLD).hashes["c00"])
+    found = due(store, subnet.ledger.head(), HERE, 2, parse, set())
+    assert (found.rules.hashes["c00"], found.since) == (parse(NEW).hashes["c00"], block + WINDOW)

@@ -158,7 +158,8 @@ def test_our_services_stop_in_time_update_by_tag_and_see_one_hotkey(name):
     seconds = int(re.fullmatch(r"(\d+)s", service["stop_grace_period"])[1])
     assert seconds > read(ValidatorSettings, []).stop_within_s + 5
     assert service["labels"]["com.centurylinklabs.watchtower.enable"] == "true"
-    assert any(entry.startswith("/tmp") for entry in service["tmpfs"])
+    (temporary,) = [entry.partition(":")[2].split(",") for entry in service["tmpfs"] if entry.startswith("/tmp:")]
+    assert "exec" in temporary, "what the evaluator compiles lies there and is loaded; the engine's own default is noexec"
     for mount in (one for one in service["volumes"] if isinstance(one, dict)):
         assert mount["read_only"] is True
         assert re.fullmatch(r"/wallets/[^/]+/hotkeys/[^/]+", mount["target"]), "the hotkey's file, and no folder of keys"
@@ -269,6 +270,43 @@ def test_grafana_asks_the_prometheus_that_asks_our_services():
     assert SERVICES["validator-cpu"]["networks"]["sn29"]["aliases"] == ["validator"]
 
 
+ALERTS = """
+rule_files: [RULES]
+evaluation_interval: 30s
+tests:
+  - name: a validator that ends takes its page and all its own metrics with it
+    interval: 30s
+    input_series:
+      - {series: 'up{job="sn29-validator", instance="v"}', values: '1x20 0x40'}
+      - {series: 'sn29_up{job="sn29-validator", instance="v"}', values: '1x20 stale'}
+      - {series: 'up{job="sn29-miner", instance="never"}', values: '0x60'}
+      - {series: 'up{job="sn29-miner", instance="ended"}', values: '1x20 0x40'}
+    promql_expr_test:
+      - expr: count by (alertname, severity, instance) (ALERTS{alertstate="firing"})
+        eval_time: 20m
+        exp_samples:
+          - {labels: '{alertname="Sn29ValidatorGone", severity="critical", instance="v"}', value: 1}
+          - {labels: '{alertname="Sn29MinerGone", severity="warning", instance="ended"}', value: 1}
+      - {expr: 'count(ALERTS{alertstate="firing"})', eval_time: 9m, exp_samples: []}
+  - name: the first error is one, whether it was counted from 0 or not
+    interval: 30s
+    input_series:
+      - {series: 'sn29_events_total{event="bug", instance="born"}', values: '_x20 1x200'}
+      - {series: 'sn29_events_total{event="bug", instance="rises"}', values: '0x20 1x200'}
+      - {series: 'sn29_events_total{event="bug", instance="none"}', values: '0x220'}
+    promql_expr_test:
+      - expr: count by (instance) (ALERTS{alertname="Sn29Bugs", alertstate="firing"})
+        eval_time: 15m
+        exp_samples: [{labels: '{instance="born"}', value: 1}, {labels: '{instance="rises"}', value: 1}]
+      - {expr: 'count(ALERTS{alertstate="firing"})', eval_time: 100m, exp_samples: []}
+"""
+
+
+def test_alerts_are_raised_for_what_ends_and_for_the_first_error(tmp_path):
+    (tmp_path / "alerts.yml").write_text(ALERTS.replace("RULES", str(DOCKER / "prometheus" / "alerts.yml")))
+    _passes(_tool("promtool"), "test", "rules", str(tmp_path / "alerts.yml"))
+
+
 def test_prometheus_takes_rules_and_configuration():
     promtool = _tool("promtool")
     _passes(promtool, "check", "config", "prometheus.yml", cwd=DOCKER / "prometheus")
@@ -291,6 +329,8 @@ def test_systemd_takes_the_unit_and_finds_it_shut_in(tmp_path):
 
 def test_the_unit_starts_both_programs_and_lets_them_end():
     unit = (DOCKER / "sn29@.service").read_text()
+    assert "SN29_STATUS_PORT" not in "".join(re.findall(r"^Environment=.*$", unit, re.MULTILINE)), "one port for two programs"
+    assert not re.search(r"^(ProtectClock|PrivateDevices)=", unit, re.MULTILINE), "they close the GPU, the first before 252"
     settings = dict(line.split("=", 1) for line in unit.splitlines() if re.match(r"^[A-Z]\w+=", line))
     assert settings["ExecStart"] == "/opt/sn29/bin/sn29 %i"
     assert {("validator",), ("miner",)} <= COMMANDS.keys()
@@ -303,10 +343,25 @@ def test_the_unit_starts_both_programs_and_lets_them_end():
             assert any(value == folder or value.startswith(f"{folder}/") for folder in folders), pair
 
 
-def test_pm2_gets_both_programs_with_time_to_end():
-    script = "console.log(JSON.stringify(require(process.argv[1])))"
-    found = json.loads(_passes(_tool("node"), "-e", script, str(DOCKER / "ecosystem.config.js")))
-    assert [(app["script"], app["args"]) for app in found["apps"]] == [("sn29", "validator"), ("sn29", "miner")]
+def test_pm2_gets_both_programs_with_time_to_end(tmp_path):
+    """From the root of the repository, where `sn29` is a folder, which pm2 would try to run."""
+    node, program = _tool("node"), tmp_path / "bin" / "sn29"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    script = [node, "-e", "console.log(JSON.stringify(require(process.argv[1])))", str(DOCKER / "ecosystem.config.js")]
+    others = {name: value for name, value in os.environ.items() if name != "SN29_BIN"}
+
+    def read_by_node(**env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(script, capture_output=True, text=True, cwd=ROOT, env={**others, **env}, check=False)
+
+    for env in ({"PATH": f"/nowhere:{program.parent}"}, {"PATH": "/nowhere", "SN29_BIN": str(program)}):
+        done = read_by_node(**env)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert [(app["script"], app["args"]) for app in found["apps"]] == [(str(program), "validator"), (str(program), "miner")]
+    for env in ({"PATH": f"/nowhere:{ROOT}"}, {"SN29_BIN": "/nowhere/sn29"}):
+        assert "SN29_BIN" in read_by_node(**env).stderr, "no program: nothing is started"
     for app in found["apps"]:
         assert app["kill_timeout"] > 1000 * (read(ValidatorSettings, []).stop_within_s + 5)
         assert app["interpreter"] == "none"
@@ -367,13 +422,16 @@ def test_the_validator_of_the_image_lives_is_healthy_and_stops_writing_only_wher
         "--netuid", str(NETUID), "--competitions.dir", str(localnet.competitions), "--poll", "0.2", "--threads", "1",
     ]  # fmt: skip
     check = [sys.executable, *_json_of("HEALTHCHECK")[1:]]
-    assert subprocess.run(check, env=image, cwd=app, capture_output=True, check=False).returncode != 0, "nothing runs yet"
+    asking = {**image, "http_proxy": "http://127.0.0.1:9"}  # a proxy is for others: nobody is at this one
+    assert subprocess.run(check, env=asking, cwd=app, capture_output=True, check=False).returncode != 0, "nothing runs yet"
+    unasked = {**asking, "SN29_STATUS_PORT": "0"}
+    assert subprocess.run(check, env=unasked, cwd=app, capture_output=True, check=False).returncode == 0, "no page to ask for"
     with localnet.serve(), (tmp_path / "said").open("wb") as said:
         command = [sys.executable, "-m", "sn29.cli", *program[1:], *flags]
         process = subprocess.Popen(command, env=image, cwd=app, stdout=said, stderr=said, stdin=subprocess.DEVNULL)
         ends, healthy = time.monotonic() + 150, False
         while not healthy and time.monotonic() < ends and process.poll() is None:
-            healthy = subprocess.run(check, env=image, cwd=app, capture_output=True, check=False).returncode == 0
+            healthy = subprocess.run(check, env=asking, cwd=app, capture_output=True, check=False).returncode == 0
             time.sleep(0.3)
         (stop,) = [rest for word, rest in _instructions() if word == "STOPSIGNAL"]
         process.send_signal(getattr(signal, stop))

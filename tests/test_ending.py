@@ -26,6 +26,7 @@ from sn29.localnet.hub import LoopbackHub
 from sn29.localnet.hub_faults import Fault
 from sn29.localnet.ledger import Ledger, LedgerSubstrate
 from sn29.localnet.network import NETUID, Localnet, prepare
+from sn29.records import Loss
 from sn29.rules.competition import parse_competition
 from sn29.settings import default_cache
 from sn29.store import Store, reading
@@ -38,7 +39,7 @@ WITHIN_S = 10.0
 # --- the rule, with programs of a few lines ---------------------------------------------------------------------------
 
 PROGRAM = """
-import asyncio, signal, sys, time
+import asyncio, os, signal, sqlite3, sys, time
 from neurons.ending import Stop
 from sn29 import telemetry
 from sn29.errors import Unavailable
@@ -64,6 +65,22 @@ async def hold_the_loop(stop):
     end = time.monotonic() + 60
     while time.monotonic() < end:
         pass
+
+async def stay_in_one_call_of_c(stop):
+    with sqlite3.connect(":memory:") as db:
+        db.create_function("up", 0, lambda: print("up", flush=True) or 1)
+        endless = "with recursive n(i) as (select up() union all select i + 1 from n where i < 1e8)"
+        db.execute(f"{endless} select count(*) from n").fetchone()
+
+async def fork_a_child_that_is_asked(stop):
+    if os.fork() == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    os.wait()
+    await asyncio.sleep(0.2)
+    stop.left = "a child"
+    print("up", flush=True)
+    await asyncio.sleep(60)
 
 async def fail_while_it_ends(stop):
     try:
@@ -116,13 +133,23 @@ def test_a_program_that_is_asked_to_end_says_what_it_leaves(number):
     assert last.endswith("half a sandwich; start again to go on")
 
 
-@pytest.mark.parametrize("program", ["clean_up_for_ever", "hold_the_loop"])
+@pytest.mark.parametrize("program", ["clean_up_for_ever", "hold_the_loop", "stay_in_one_call_of_c"])
 def test_what_does_not_end_is_cut_in_time(program):
     process = start(program, 2)
     process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    first, last = errors.splitlines()
+    assert "it ends within 2 s" in first
+    assert "not ended after 1 s: left as a kill would leave it" in last
+
+
+def test_a_signal_to_a_forked_child_is_not_for_its_parent():
+    process = start("fork_a_child_that_is_asked", 10)
+    process.terminate()
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 0
-    assert "not ended after 1 s: left as a kill would leave it" in errors.splitlines()[-1]
+    assert errors.splitlines()[-1].endswith("a child; start again to go on"), "it was there until it was asked itself"
 
 
 def test_a_thread_that_waits_is_not_waited_for():
@@ -169,6 +196,8 @@ def test_a_second_signal_ends_it_at_once_and_the_same_one_twice_is_one(number, s
     process = start("clean_up_for_ever", 60)
     process.terminate()
     process.terminate()  # to the process and to its group
+    assert process.stderr is not None
+    assert "a signal asked for it" in process.stderr.readline()
     time.sleep(1)
     assert process.poll() is None
     process.send_signal(number)
@@ -258,6 +287,12 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def listens(pid: int) -> bool:
+    """It has a handler for SIGTERM: before, a signal ends Python itself."""
+    caught = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()
+    return bool(caught) and bool(int(caught[0], 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def stop(one: demo.Running, number: int = signal.SIGTERM) -> str:
     """The last line that it says. It and all below it have ended within the promised time, and it is no failure."""
     below = descendants(one.process.pid)
@@ -286,14 +321,26 @@ def whole(state: Path) -> Store:
     return store
 
 
+def losses(state: Path) -> int:
+    with closing(whole(state)) as store:
+        return store.count_losses()
+
+
 @pytest.mark.timeout(300)
 def test_a_validator_ends_in_time_at_every_stage_and_goes_on(subnet, tmp_path: Path) -> None:
     localnet, hub, _ = subnet
     state, flags = tmp_path / "val", ("--dtype", "float32", "--state.dir", str(tmp_path / "val"))
 
     one = run("validator", localnet, state, "val", *flags)
-    time.sleep(1.0)  # it imports its libraries, or its first child starts
-    stop(one)
+    while not listens(one.process.pid):
+        assert one.process.poll() is None, one.errors.read_text()[-2000:]
+        time.sleep(0.01)
+    stop(one)  # while it imports its libraries
+    one = run("validator", localnet, state, "val", *flags)
+    while not descendants(one.process.pid):
+        assert one.process.poll() is None, one.errors.read_text()[-2000:]
+        time.sleep(0.01)
+    assert stop(one) == "no round is open; start again to go on", "while its first child starts"
 
     ledger = Ledger.open(localnet.chain)
     ledger.advance((ledger.head() // WINDOW + 1) * WINDOW + ledger.finality_lag - ledger.head())
@@ -304,8 +351,8 @@ def test_a_validator_ends_in_time_at_every_stage_and_goes_on(subnet, tmp_path: P
     until(one, "samples")
     while not any(p.stat().st_size > 10_000 for p in state.glob("models/**/*") if p.is_file()):
         time.sleep(0.01)
-    assert stop(one) == f"the round of block {block} is open; 0 losses are kept; start again to go on", "while it fetches"
-    whole(state).close()
+    assert stop(one) == f"the round of block {block} is open; start again to go on", "while it fetches"
+    assert losses(state) == 0
     hub.faults.set()
 
     one = run("validator", localnet, state, "val", *flags)
@@ -313,14 +360,15 @@ def test_a_validator_ends_in_time_at_every_stage_and_goes_on(subnet, tmp_path: P
     while not list(state.glob("evaluations/sn29-evaluation-*/job.json")):
         time.sleep(0.01)
     time.sleep(0.5)
-    assert stop(one) == f"the round of block {block} is open; 0 losses are kept; start again to go on", "while a child evaluates"
-    whole(state).close()
+    assert stop(one) == f"the round of block {block} is open; start again to go on", "while a child evaluates"
+    assert losses(state) == 0
 
     one = run("validator", localnet, state, "val", *flags)
     until(one, "weights")
     while not is_sending(state):
         time.sleep(0.01)
-    assert stop(one) == "60 losses are kept; start again to go on", "while weights are being set: they are read back first"
+    assert stop(one) == "no round is open; start again to go on", "while weights are being set: they are read back first"
+    assert losses(state) == 60
     assert [event["event"] for event in one.events].count("published") == 1
     with closing(sqlite3.connect(state / "store.db")) as db, db:
         db.execute("delete from publication")  # another validator's, who has set nothing yet
@@ -335,12 +383,44 @@ def test_a_validator_ends_in_time_at_every_stage_and_goes_on(subnet, tmp_path: P
     whole(state).close()
     one = run("validator", localnet, state, "slow", *flags)
     until(one, "published")
-    assert stop(one, signal.SIGINT) == "60 losses are kept; start again to go on", "while it waits for a window"
+    assert stop(one, signal.SIGINT) == "no round is open; start again to go on", "while it waits for a window"
     store = whole(state)
     assert len(store.publications()) == 1
     assert store.sent() == ()
     assert len({event["block"] for event in one.events if event["event"] == "published"}) == 1, "set once, and found again"
     assert [event for event in one.events if event["event"] in ("bug", "not_published", "foreign_weights")] == []
+
+
+def test_a_damaged_store_is_one_line_and_damaged_losses_are_no_reason_to_stop(subnet, tmp_path: Path) -> None:
+    localnet, _, _ = subnet
+    state = tmp_path / "val"
+    store = Store(state / "store.db")
+    store.open_round(WINDOW, {"plan": "x" * 20_000})
+    for number in range(20):
+        store.keep_losses(f"content {number}", "tokenizer", "p", [Loss(f"{i:032x}", 1.0, 1, "") for i in range(100)])
+    store.close()
+    damage(state / "store.db", "loss")
+    one = run("validator", localnet, state, "val", "--state.dir", str(state))
+    while not descendants(one.process.pid):
+        assert one.process.poll() is None, one.errors.read_text()[-2000:]
+        time.sleep(0.01)
+    assert stop(one) == f"the round of block {WINDOW} is open; start again to go on"
+    damage(state / "store.db", "round")
+    one = run("validator", localnet, state, "val", "--state.dir", str(state))
+    assert one.process.wait(60) == 1
+    last = one.errors.read_text().splitlines()[-1]
+    assert last.startswith(f"sn29 validator: {state / 'store.db'}: database disk image is malformed"), last
+
+
+def damage(path: Path, table: str) -> None:
+    """The first page of a table."""
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("pragma wal_checkpoint(truncate)")
+        query = "select rootpage, page_size from sqlite_master, pragma_page_size where name = ?"
+        page, size = db.execute(query, (table,)).fetchone()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
 
 
 def is_sending(state: Path) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from test_examination import Site, site
 
+from sn29 import telemetry
 from sn29.localnet.http_exchange import Wire
 from sn29.localnet.hub_faults import Fault
 from sn29.measurement import Against, Turn, _read_ahead, measure
@@ -104,6 +105,34 @@ def test_the_next_models_files_come_while_this_one_is_evaluated(site, model, eve
         assert [(await work).outcome.status for work in works] == ["evaluated"] * 3
 
     asyncio.run(story())
+
+
+def test_the_stage_is_what_is_done_and_not_what_is_fetched_beside_it(site, model, tmp_path):
+    """Two models at a time, of which one is evaluated: the other one's files come meanwhile."""
+    first, second = (site.entrant(site.publish(name, model(seed))) for seed, name in enumerate(("ann", "ben")))
+    path = tmp_path / telemetry.STATUS
+    telemetry.keep_status(path, "validator")
+
+    def stage() -> str:
+        return telemetry.Status.from_json(path.read_bytes()).stage
+
+    async def story() -> None:
+        turn, seen = Turn.of(2, 3), []
+        with turn.measures("5Other"):
+            work = asyncio.create_task(measure(site.ports, site.competition, first, TEXTS[:2], 1000, (), None, turn))
+            while not work.done():
+                seen.append(stage())
+                await asyncio.sleep(0.001)
+        assert (await work).outcome.status == "evaluated"
+        assert set(seen) == {"measuring"}
+        await measure(site.ports, site.competition, second, TEXTS[:2], 1000, (), None, turn)
+        spent = telemetry.Status.from_json(path.read_bytes()).stage_seconds
+        assert "fetching" in spent, "nothing else was done then"
+
+    try:
+        asyncio.run(story())
+    finally:
+        telemetry.leave_status()
 
 
 def test_a_disk_with_room_for_one_model_has_it_one_after_the_other(site, model, events):

@@ -22,6 +22,8 @@ from beacon import TestBeacon
 from loguru import logger
 from loopback_node import LoopbackNode
 
+from neurons.validator import _pause
+from sn29 import telemetry
 from sn29.chain import Chain, create_wallet, load_wallet
 from sn29.errors import Reason, Rejected, Unavailable
 from sn29.localnet.ledger import Ledger, LedgerSubstrate
@@ -258,6 +260,42 @@ def test_an_unregistered_validator_is_told_so(make, tmp_path: Path) -> None:
         asyncio.run(story())
     assert refused.value.reason is Reason.NOT_REGISTERED
     assert refused.value.got == stranger.hotkey.ss58_address
+
+
+def test_a_validator_that_cannot_set_weights_still_sees_the_chain_grow(make, tmp_path: Path) -> None:
+    """The pauses between its tries become long: 20 minutes on the public network, where a head is old after 5."""
+    subnet = make()
+    create_wallet("stranger", "default", tmp_path / "wallets")
+    subnet.later(3)
+    subnet.decide({0: {subnet.validator: 1.0}})
+    status = tmp_path / telemetry.STATUS
+    telemetry.keep_status(status, "validator")
+
+    def read() -> telemetry.Status:
+        return telemetry.Status.from_json(status.read_bytes())
+
+    async def story() -> None:
+        async with subnet.chain("stranger") as chain:
+            publisher = Publisher(chain, subnet.store())
+            with pytest.raises(Rejected):
+                await publisher.look()
+            telemetry.stage("deciding")
+            since = read().unpublished_since
+            assert since is not None
+            subnet.later(30)
+            head = subnet.ledger.head() - 1
+            await _pause(publisher, 0.2, 0.05)
+            telemetry.stage("waiting")
+            assert (read().head or 0) >= head
+            with pytest.raises(Rejected):
+                await publisher.look()
+        telemetry.stage("deciding")
+        assert read().unpublished_since == since
+
+    try:
+        asyncio.run(story())
+    finally:
+        telemetry.leave_status()
 
 
 def test_a_validator_without_a_permit_is_told_so_and_may_try_again(make) -> None:
@@ -509,7 +547,7 @@ def test_an_alarm_when_the_chain_is_silent_from_the_start(make) -> None:
 
 def test_a_validator_waits_for_a_chain_that_does_not_answer_yet(make) -> None:
     """And says meanwhile what a publisher says."""
-    from neurons.validator import _until_it_answers
+    from neurons.validator import _belong, _until_it_answers
 
     subnet = make()
     ann = subnet.register("ann")
@@ -519,7 +557,7 @@ def test_a_validator_waits_for_a_chain_that_does_not_answer_yet(make) -> None:
 
     async def story(node: LoopbackNode) -> None:
         chain = subnet.chain(network=node.url, deadline_s=5)
-        waiting = asyncio.create_task(_until_it_answers(chain, store, Publisher(chain, store), 0.05))
+        waiting = asyncio.create_task(_until_it_answers(lambda: _belong(chain, store), Publisher(chain, store), 0.05))
         while "weights_alarm" not in subnet.said():
             await asyncio.sleep(0.02)
         assert not waiting.done()

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -96,6 +97,25 @@ def test_served_until_a_signal_comes(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         out, error = process.communicate(timeout=30)
         assert (process.returncode, out, error) == (0, "", "")
+
+
+def test_a_git_server_that_never_answers_holds_up_no_page(tmp_path: Path) -> None:
+    watched(tmp_path / "state", rounds=1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        git = f"http://ann:planted@127.0.0.1:{silent.getsockname()[1]}/rules@{'a' * 40}"
+        words = ["--state.dir", str(tmp_path / "state"), "--serve", "127.0.0.1:0", "--competitions.git", git]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        command = [sys.executable, "-m", "sn29.cli", "report", *words]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+            assert process.stdout is not None
+            port = re.match(r"up: http://127\.0\.0\.1:(\d+)/", process.stdout.readline())
+            assert port is not None
+            connection = http.client.HTTPConnection("127.0.0.1", int(port[1]), timeout=30)
+            connection.request("GET", "/healthz")
+            said = connection.getresponse().read().decode()
+            connection.close()
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "--competitions.git: no answer yet" in said
 
 
 def test_it_ends_with_the_process_that_started_it(tmp_path: Path) -> None:

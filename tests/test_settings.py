@@ -313,7 +313,7 @@ def test_config_prints_values_and_origins_and_no_secret(monkeypatch, capsys):
     said += capsys.readouterr().out
     assert re.search(r"(?m)^steps +5 +sn29\.yaml miner\.steps$", said)
     assert "hf_secret" not in said + repr(read(MinerSettings, []))
-    assert cli.main(["config", "mner"]) == 1
+    assert cli.main(["config", "mner"]) == 2
     assert "validator" in capsys.readouterr().err
 
 

@@ -73,6 +73,31 @@ def test_events_are_counted_and_warnings_are_kept_but_not_those_of_miners(status
     assert max(len(w.sentence) for w in found.warnings) <= 400
 
 
+def test_it_says_what_was_done_when_counting_began(status: Path) -> None:
+    telemetry.stage("training", detail="run 1")
+    telemetry.stage("training", 90_000, 100_000)
+    telemetry.stage("training", 90_010, 100_000)
+    telemetry.stage("reading")
+    telemetry.stage("training", 90_020, 100_000)
+    telemetry.note(head=5)
+    telemetry.stage("reading")
+    telemetry.stage("fetching", 7, 10)
+    assert (read(status).done_before, read(status).done) == (7, 7)
+    telemetry.stage("waiting")
+    telemetry.stage("training", 90_020, 100_000)
+    assert read(status).done_before == 90_020
+
+
+def test_the_last_word_says_that_it_ended(tmp_path: Path) -> None:
+    for why in ("", "no wallet\nhere"):
+        telemetry.keep_status(tmp_path / telemetry.STATUS, "validator")
+        telemetry.note(round=7200)
+        telemetry.stage("measuring", 1, 2, "5Alice")
+        telemetry.leave_status(why)
+        ended = read(tmp_path / telemetry.STATUS)
+        assert (ended.stage, ended.of, ended.round, ended.detail) == (telemetry.STOPPED, 0, None, why.replace("\n", " "))
+
+
 def test_weights_are_set_beside_a_round_without_hiding_it(status: Path) -> None:
     with telemetry.publishing():
         assert read(status).stage == "publishing"
@@ -133,8 +158,12 @@ def test_a_folder_that_goes_away_stops_nobody(status: Path) -> None:
         '{"version": "1", "program": "v", "pid": 1, "started": 1, "updated": 1, "head": "x"}',
         '{"version": "1", "program": "v", "pid": 1, "started": 1, "updated": 1, "head": 1' + "0" * 400 + "}",
         "[" * 100_000,
+        '{"version": "1", "program": "v", "pid": 1, "started": 1, "updated": 1, "next_window": 1.7e308}',
+        '{"version": "1", "program": "v", "pid": 1, "started": 1, "updated": 1, "round": -1e16}',
+        r'{"version": "\ud800", "program": "v", "pid": 1, "started": 1, "updated": 1}',
+        r'{"version": "1", "program": "v", "pid": 1, "started": 1, "updated": 1, "counters": {"\u202e": 1}}',
     ],
-    ids=range(14),
+    ids=range(18),
 )  # fmt: skip
 def test_what_no_program_wrote_is_refused(text: str) -> None:
     with pytest.raises(Rejected, match=r"status\.json"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -12,23 +13,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from browser import Tab, chromium, needed
 from prometheus_client.parser import text_string_to_metric_families
-from recorded import c00_text
+from recorded import WINDOW, c00_text
 from watched import ALICE, BOB, FIRST, Watched, telling, watched
 
+from neurons.status_page import beside
 from sn29 import telemetry
-from sn29.errors import Rejected
+from sn29.errors import Rejected, Unavailable
 from sn29.report import server as serving
 from sn29.report.server import Pages, Server, address_of
 from sn29.report.site import POLICY
 from sn29.report.snapshot import Reader
 from sn29.rules.schedule import parse_file
+from sn29.settings import ValidatorSettings, read
+from sn29.store import ChainSeen, Store
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PICTURES = os.environ.get("SN29_SCREENSHOTS")
@@ -36,9 +40,9 @@ PICTURES = os.environ.get("SN29_SCREENSHOTS")
 
 
 @contextmanager
-def served(folder: Path, host: str = "127.0.0.1") -> Iterator[Server]:
+def served(folder: Path, host: str = "127.0.0.1", silence_s: float = serving.SILENCE_S, port: int = 0) -> Iterator[Server]:
     reader = Reader(folder, rules=lambda: {"c00": parse_file("c00", c00_text("champion"))})
-    with Server(host, 0, Pages(reader)) as server:
+    with Server(host, port, Pages(reader), silence_s=silence_s) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
@@ -136,7 +140,7 @@ def test_head_is_get_without_the_body(server: Server) -> None:
     [
         ("localhost", 200), ("localhost:8080", 200), ("LOCALHOST", 200), ("127.0.0.1", 200), ("127.0.0.2:1", 200),
         ("[::1]:29", 200), ("evil.example", 421), ("evil.example:80", 421), ("127.0.0.1.evil.example", 421),
-        ("localhost.evil.example", 421), ("", 421), ("10.0.0.1", 421),
+        ("localhost.evil.example", 421), ("", 421), ("10.0.0.1", 200), ("validator", 421),
     ],
 )  # fmt: skip
 def test_a_name_that_was_bent_to_this_machine_gets_no_answer(server: Server, host: str, status: int) -> None:
@@ -144,9 +148,23 @@ def test_a_name_that_was_bent_to_this_machine_gets_no_answer(server: Server, hos
         assert ask(server, path, host=host)[0] == status
 
 
-def test_whoever_listens_to_everybody_answers_to_any_name(state: Watched) -> None:
+def test_whoever_listens_to_others_answers_to_names_of_its_network_and_not_to_strangers(state: Watched) -> None:
     with served(state.folder, "0.0.0.0") as server:
-        assert ask(server, "/status.json", host="validator.example:29")[0] == 200
+        found = {
+            host: ask(server, "/status.json", host=host)[0] for host in ("validator:9129", "10.0.0.1", "evil.example:9129", "")
+        }
+    assert found == {"validator:9129": 200, "10.0.0.1": 200, "evil.example:9129": 421, "": 421}
+
+
+def test_whoever_listens_to_others_does_not_show_weights_that_the_chain_conceals(tmp_path: Path) -> None:
+    state = watched(tmp_path, published=False)
+    with closing(Store(tmp_path / "store.db")) as store:
+        store.keep_chain_seen(ChainSeen(state.head, time.time(), 12.0, 360, 1))
+    for host, shown in (("127.0.0.1", True), ("0.0.0.0", False)):
+        with served(tmp_path, host) as server:
+            assert (ask(server, f"/round/{state.newest.head.block}.json")[0] == 200) == shown
+            assert (ALICE.encode() in ask(server, "/metrics")[2]) == shown
+            assert (ALICE.encode() in ask(server, "/status.json")[2]) == shown
 
 
 def test_what_is_no_request_is_left_alone(server: Server) -> None:
@@ -161,26 +179,29 @@ def test_what_is_no_request_is_left_alone(server: Server) -> None:
     assert ask(server, "/healthz")[0] == 200
 
 
-def test_silent_visitors_do_not_keep_others_out(server: Server) -> None:
+def test_slow_visitors_do_not_keep_others_out(server: Server) -> None:
     where = (str(server.server_address[0]), int(server.server_address[1]))
-    silent = [socket.create_connection(where, timeout=30) for _ in range(serving.MAX_CONNECTIONS + 8)]
+    slow = [socket.create_connection(where, timeout=30) for _ in range(serving.MAX_CONNECTIONS + 8)]
     try:
-        closed = 0
-        for connection in silent[-8:]:
-            connection.settimeout(5)
-            closed += connection.recv(1) == b""
-        assert closed == 8, "those beyond the bound are closed at once"
-    finally:
-        for connection in silent:
-            connection.close()
-    ends = time.monotonic() + 30
-    while time.monotonic() < ends:
-        try:
+        for connection in slow[:8]:
+            assert connection.recv(1) == b"", "the oldest ones had to go"
+        for connection in slow[8:]:
+            connection.sendall(b"GET / HTTP/1.1\r\nX: ")
+        for _ in range(3):
             assert ask(server, "/healthz")[0] == 200
-            return
-        except (OSError, http.client.HTTPException):  # the others' threads are just ending
-            time.sleep(0.05)
-    raise AssertionError("nobody is let in any more")
+            slow[-1].sendall(b"x")
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+def test_a_request_that_never_ends_is_left(state: Watched) -> None:
+    with served(state.folder, silence_s=0.2) as server:
+        where = (str(server.server_address[0]), int(server.server_address[1]))
+        with socket.create_connection(where, timeout=30) as connection:
+            connection.setblocking(False)
+            with pytest.raises(OSError):  # noqa: PT011 - reset or broken pipe
+                _until(lambda: connection.sendall(b"GET / HTTP/1.1\r\nX: ") and False)
 
 
 def test_a_new_round_is_on_the_next_page(tmp_path: Path) -> None:
@@ -340,6 +361,41 @@ def test_the_first_page_keeps_up_to_date_by_itself(tab: Tab, server: Server, sta
 
 
 @needed
+def test_an_open_page_gets_what_is_new_in_every_part_and_says_when_nothing_answers_any_more(
+    tab: Tab, tmp_path: Path, pictures: Path
+) -> None:
+    tab.look(1200, dark=False)
+    state = watched(tmp_path, rounds=2)
+    with telling(state):
+        with served(tmp_path) as server:
+            tab.go(server.url)
+            newest = f"{state.newest.head.block + WINDOW:,}"
+            assert newest not in tab.run("document.querySelector('[data-live=rounds]').innerText")
+            tab.run("document.querySelector('summary').click()")
+            (tmp_path / "store.db").unlink()
+            watched(tmp_path, rounds=3)
+            telemetry.warn("mismatch", "a new sentence")
+            telemetry.stage("deciding")
+            for part, what in (
+                ("rounds", newest),
+                ("warnings", "a new sentence"),
+                ("work", "Deciding"),
+                ("counters", "mismatch"),
+            ):
+                _until(lambda part=part, what=what: what in tab.run(f"document.querySelector('[data-live={part}]').innerText"))
+            _until(lambda: tab.run("document.querySelector('nav').innerHTML").count("/round/4811040"))
+            assert tab.run("document.querySelector('details').open"), "what the reader opened stays open"
+            assert "No answer" not in tab.run("document.body.innerText")
+        _until(lambda: "No answer since" in tab.run("document.querySelector('[data-live=alarms]').innerText"))
+        assert "All is well" not in tab.run("document.body.innerText")
+        assert tab.run("document.title").startswith("(!) No answer since")
+        tab.picture(pictures / "no-answer.png")
+        with served(tmp_path, port=int(server.server_address[1])):
+            _until(lambda: "No answer" not in tab.run("document.body.innerText"))
+            assert not tab.run("document.title").startswith("(!)")
+
+
+@needed
 @pytest.mark.parametrize("width", [360, 1200])
 def test_the_one_file_opens_from_the_disk(tab: Tab, state: Watched, tmp_path: Path, pictures: Path, width: int) -> None:
     from sn29.report.site import whole
@@ -389,6 +445,7 @@ def _free_port() -> int:
 def program(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_TOKEN": "hf_planted", "BT_WALLET_PASSWORD": "planted"}
     command = [sys.executable, "-c", _PROGRAM, "--state.dir", str(folder), "--status.port", str(port)]
+    command += ["--competitions.git", f"http://ann:planted@127.0.0.1:9/rules@{'a' * 40}", "--weights.alarm-epochs", "20"]
     process = subprocess.Popen(
         command, env=environment, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -434,6 +491,9 @@ def test_the_page_is_a_process_of_its_own_that_dies_and_is_started_again_and_end
         assert child is not None
         environment = Path(f"/proc/{child}/environ").read_text()
         assert "planted" not in environment
+        words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+        assert "planted" not in "".join(words)
+        assert words[words.index("--weights.alarm-epochs") + 1] == "20"
         assert "PYTHONPATH" in environment
         os.kill(child, signal.SIGKILL)
         _until(lambda: _child_of(process.pid) not in (None, child) and _answers(port))
@@ -443,6 +503,21 @@ def test_the_page_is_a_process_of_its_own_that_dies_and_is_started_again_and_end
         process.kill()  # nothing is left to it to end its child
         process.wait()
         _until(lambda: _answers(port) is None)
+
+
+def test_a_program_that_fails_says_why_in_its_last_word(tmp_path: Path) -> None:
+    settings = read(ValidatorSettings, ["--state.dir", str(tmp_path)])
+
+    async def run(error: BaseException | None) -> None:
+        async with beside(settings, "validator", tmp_path):
+            if error is not None:
+                raise error
+
+    for error, said in ((None, ""), (asyncio.CancelledError(), ""), (Unavailable("the node", "silent"), "the node: silent")):
+        with nullcontext() if error is None else pytest.raises(type(error)):
+            asyncio.run(run(error))
+        last = telemetry.Status.from_json((tmp_path / telemetry.STATUS).read_bytes())
+        assert (last.stage, last.detail) == (telemetry.STOPPED, said)
 
 
 def test_a_port_that_is_taken_does_not_disturb_the_program(tmp_path: Path) -> None:

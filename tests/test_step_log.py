@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from sn29.step_log import step_log
-from sn29.telemetry import open_wandb
+from sn29.telemetry import Curves
 from tests.recorded import refused, round_record
 
+ROOT = Path(__file__).parents[1]
 TABLE = {"ann": (1000.0, 900.0, 1200.0, math.inf), "ben": (900.0, 800.0, 1300.0, 700.0), "gone": (990.0, 899.0, 1190.0, 690.0)}
 UIDS = {"ann": 7, "ben": 3}
 OF_A_MODEL = {
@@ -65,12 +69,87 @@ def test_the_figures_are_the_record_s(logged):
 def test_wandb_takes_it_offline(logged, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(sys, "argv", ["sn29", "miner", "--hub.token", "tok-9988776655"])
-    run = open_wandb("project", tmp_path, {"hotkey": "5Validator"})
+    run = Curves("project", tmp_path, {"hotkey": "5Validator"})
     run.log(logged[1], step=7200)
     print("said on standard output")
-    run.finish()
+    run.finish(60)
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     kept = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert b"original_format_json" in kept
     for secret in (b"tok-9988776655", b"said on standard output"):
         assert secret not in kept, "nothing is sent but what is logged"
+
+
+WANDB = """
+import os, threading
+class UsageError(Exception): pass
+class Settings:
+    mode = "online"
+    def __init__(self, **given): self.settings = self
+class Run:
+    def log(self, values, step):
+        if os.environ["BAD"] == "log": raise RuntimeError("the service is gone")
+        print("sent", step, flush=True)
+    def finish(self):
+        print("finished", flush=True)
+        if os.environ["BAD"] == "finish": threading.Event().wait()
+def setup(settings): return settings
+def login(verify, prompt): return os.environ["BAD"] != "login"
+def init(*, id, **_):
+    print("opened", id, flush=True)
+    if os.environ["BAD"] == "init": threading.Event().wait()
+    return Run()
+"""
+"""A stand-in for a service that cannot be had here: each of its steps can fail or never return."""
+PROGRAM = """
+import sys
+from pathlib import Path
+from sn29 import telemetry
+telemetry.configure()
+curves = telemetry.Curves("project", Path(sys.argv[1]), {"hotkey": sys.argv[2]})
+curves.log({"x": 1}, step=1)
+curves.log({"x": 2}, step=2)
+telemetry.tell("on", "the program goes on")
+curves.finish(float(sys.argv[3]))
+telemetry.tell("over", "it ends")
+"""
+
+
+def _with_wandb(bad: str, folder: Path, hotkey: str = "5Ann", within_s: float = 60) -> tuple[list[str], str]:
+    """What was sent, and what was said. A wait that is no event's would be cut by the test's own limit."""
+    (folder / "wandb.py").write_text(WANDB)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(folder), hotkey, str(within_s)], capture_output=True, text=True, check=True,
+        timeout=60, env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "BAD": bad},
+    )  # fmt: skip
+    assert " on " in done.stderr
+    assert " over " in done.stderr
+    return done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("bad", "steps", "warning"),
+    [
+        ("", ["opened", "sent", "sent", "finished"], ""),
+        ("login", [], "UsageError: no API key"),
+        ("log", ["opened"], "RuntimeError: the service is gone"),
+    ],
+)
+def test_what_fails_at_wandb_is_one_warning_and_nothing_more(bad, steps, warning, tmp_path):
+    sent, said = _with_wandb(bad, tmp_path)
+    assert [line.split()[0] for line in sent] == steps
+    assert said.count("WARNING") == bool(warning)
+    assert warning in said
+
+
+@pytest.mark.parametrize(("bad", "last"), [("init", "opened"), ("finish", "finished")])
+def test_nobody_waits_for_a_wandb_that_does_not_answer(bad, last, tmp_path):
+    sent, said = _with_wandb(bad, tmp_path, within_s=3)
+    assert sent[-1].split()[0] == last
+    assert "not all was sent within 3 s" in said
+
+
+def test_validators_in_equal_containers_have_runs_of_their_own(tmp_path):
+    runs = {hotkey: _with_wandb("", tmp_path, hotkey)[0][0] for hotkey in ("5Ann", "5Ben")}
+    assert runs["5Ann"] != runs["5Ben"]
+    assert _with_wandb("", tmp_path, "5Ann")[0][0] == runs["5Ann"], "which go on"

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from sn29.errors import Rejected
+from sn29.errors import Rejected, Unavailable
 from sn29.records import Commitment, Head, Identity, Loss, ModelFacts, ModelId, Outcome, RepoFile, RepoListing, Weights
 from sn29.round_record import RoundRecord
-from sn29.store import SCHEMA, ChainSeen, Sent, Standing, Store, StoredRepository, Unanswered
+from sn29.store import SCHEMA, ChainSeen, Sent, Standing, Store, StoredRepository, Unanswered, opened
 
 COMMITMENT = Commitment("5Alice", 7, ModelId("alice", "model", "a" * 40), "A" * 43 + "=", "c00")
 
@@ -328,6 +328,7 @@ def test_a_migration_that_is_killed_leaves_the_old_store_or_the_new_one(tmp_path
             assert found == old, "nothing is changed that was not copied"
         Store(path).close()
         assert rows(path) == new, calls
+        assert sorted(p.name for p in folder.iterdir()) == ["store.db", backup.name], "what the killed one left lies about"
         if status == 0:
             break
         assert status == -signal.SIGKILL
@@ -373,6 +374,16 @@ def test_a_file_that_is_no_store_is_left_alone(tmp_path):
         with pytest.raises(Rejected, match=complaint):
             Store(path)
         assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_what_sqlite_cannot_read_is_unavailable(tmp_path, read_only):
+    path = tmp_path / "store.db"
+    Store(path).close()
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("drop table round")
+    with pytest.raises(Unavailable, match="no such table: round"), opened(path, read_only=read_only) as store:
+        store.open_rounds()
 
 
 def test_there_is_nothing_to_read_where_no_validator_has_run(tmp_path):

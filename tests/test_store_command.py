@@ -6,8 +6,10 @@ import csv
 import json
 import math
 import os
+import resource
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 from contextlib import closing
@@ -21,7 +23,7 @@ from recorded import losses, model, refused, round_record
 from sn29 import cli, record_files
 from sn29.records import Loss, Weights
 from sn29.round_record import RoundRecord
-from sn29.store import Imported, Sent, Standing, Store, StoredLoss, compact
+from sn29.store import Imported, LossesOfAnother, Sent, Standing, Store, StoredLoss, compact, opened
 from sn29.store_command import TABLES
 
 BLOCKS = (7200, 7560, 7920)
@@ -43,6 +45,9 @@ def rounds() -> list[RoundRecord]:
 def state(tmp_path: Path) -> Path:
     folder = tmp_path / "state"
     store = Store(folder / "store.db")
+    came = Imported("her/records/8280-ab.json", "ab" * 32, 8280, 1.5, 1, 1)
+    open_cell = StoredLoss("content of ann", "tokenizer", "a profile", Loss("f" * 32, 8.25, 3, ""))
+    store.begin(rounds()[0], [], {}, {}, LossesOfAnother(came, [open_cell], []))
     for record in rounds():
         block, kept = record.head.block, record.competitions["c00"]
         record_files.write(folder / "records", record)
@@ -59,8 +64,6 @@ def state(tmp_path: Path) -> Path:
     store.keep_first_seen({("ann", "digest"): 7000})
     store.keep_tensor_digest("content of ann", "tensors", 7200)
     store.open_round(8280, {"block": 8280})
-    open_cell = StoredLoss("content of ann", "tokenizer", "a profile", Loss("f" * 32, 8.25, 3, ""))
-    store.import_losses(Imported("her/records/8280-ab.json", "ab" * 32, 8280, 1.5, 1, 1, 0.0), [open_cell], {})
     store.keep_sent(0, Sent(8000, Weights(7920, {"ann": 1.0})))
     store.close()
     return folder
@@ -90,6 +93,7 @@ def test_a_whole_store_is_whole(state, capsys):
         "losses in the records": "240 cells are as they were recorded",
         "losses": "241 cells, 1 of them imported; no record refers to 1"
         " (of a round that is open, or of models that were refused after they were measured)",
+        "imported": "1 losses of the round of block 8280, 1 of them measured here as well, from her/records/8280-ab.json",
     }
     assert run("check", "--state.dir", state) == 0
     said = capsys.readouterr().out
@@ -146,11 +150,13 @@ def test_a_compacted_store_is_smaller_and_says_the_same(state, capsys):
     store.forget_losses("gone", "tokenizer", "p")
     store.close()
     before, size = contents(state / "store.db"), (state / "store.db").stat().st_size
+    (state / "store.db").chmod(0o660)
     assert run("compact", "--state.dir", state, "--json") == 0
     said = json.loads(capsys.readouterr().out)
     assert said == {"bytes_before": size, "bytes_after": (state / "store.db").stat().st_size, "rounds": 0, "losses": 0}
     assert said["bytes_after"] < size / 2
     assert contents(state / "store.db") == before
+    assert stat.S_IMODE((state / "store.db").stat().st_mode) == 0o660
     assert sorted(p.name for p in state.iterdir()) == ["lock", "records", "store.db"]
 
 
@@ -159,12 +165,15 @@ def test_old_rounds_are_forgotten_and_nothing_that_a_later_one_asks_for(state, c
     before, kept = contents(path), Store(path, read_only=True)
     asked = {"before": 8280}
     last = kept.last_record(**asked), kept.weights(**asked), kept.last_standing("c00", before=8280), kept.last_evaluated("c00")
+    assert kept.first_decided() == 7200
     kept.close()
     assert run("compact", "--state.dir", state, "--keep-rounds", "2") == 0
     assert "forgotten: 1 rounds and 80 losses" in capsys.readouterr().out
     after, store = contents(path), Store(path)
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"round", "loss"}
+    assert changed == {"round", "loss", "meta"}
+    assert set(after["meta"]) - set(before["meta"]) == {("first_decided", "7200")}
+    assert store.first_decided() == 7200, "the alarm of one that never set weights counts from there"
     assert [r.block for r in store.rounds()] == [7560, 7920, 8280]
     assert store.losses("content of ann", "tokenizer", "a profile", ["f" * 32]), "of the round that is open"
     now = store.last_record(**asked), store.weights(**asked), store.last_standing("c00", before=8280), store.last_evaluated("c00")
@@ -176,10 +185,12 @@ def test_old_rounds_are_forgotten_and_nothing_that_a_later_one_asks_for(state, c
     assert "must be 0 or at least 2" in capsys.readouterr().err
 
 
-def test_a_store_that_a_validator_works_on_is_not_touched(state, capsys):
-    """The lock that a validator holds, held by a process of its own."""
-    code = "import sys, time; from pathlib import Path; from neurons.validator import alone; lock = alone(Path(sys.argv[1]))"
-    command = [sys.executable, "-c", f"{code}; print('held', flush=True); time.sleep(60)", str(state)]
+@pytest.mark.parametrize("who", ["a validator", "a `sn29 store compact`"], ids=["validator", "compact"])
+def test_a_store_that_another_process_works_on_is_not_touched(state, capsys, who):
+    """The lock that it holds, held by a process of its own."""
+    code = "import sys, time; from pathlib import Path; from neurons.validator import alone; lock = alone(Path(sys.argv[1])"
+    given = "" if who == "a validator" else f", {who!r}"
+    command = [sys.executable, "-c", f"{code}{given}); print('held', flush=True); time.sleep(60)", str(state)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
@@ -189,7 +200,7 @@ def test_a_store_that_a_validator_works_on_is_not_touched(state, capsys):
         finally:
             other.kill()
     said = capsys.readouterr().err
-    assert f"got a validator that works in {state} (process {other.pid}), rule " in said
+    assert f"got {who} that works in {state} (process {other.pid}), rule " in said
     assert f"this is process {os.getpid()}" in said
     assert (state / "store.db").read_bytes() == before
     assert run("compact", "--state.dir", state) == 0, "the lock ended with its process"
@@ -206,6 +217,35 @@ def test_a_store_that_is_being_read_is_not_replaced(state, capsys):
     reader.close()
     writer.close()
     assert run("compact", "--state.dir", state) == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.parametrize("keep_rounds", ["0", "2"])
+def test_a_compacting_by_root_leaves_the_store_to_its_owner(state, keep_rounds):
+    for path in (state, state / "store.db"):
+        os.chown(path, 10001, 10002)
+    assert run("compact", "--state.dir", state, "--keep-rounds", keep_rounds) == 0
+    owners = {path.name: (path.stat().st_uid, path.stat().st_gid) for path in state.iterdir() if path.is_file()}
+    assert owners == {"lock": (10001, 10002), "store.db": (10001, 10002)}
+
+
+def test_what_is_forgotten_takes_no_room_while_the_rest_is_copied(state):
+    """No file of the process may become larger than a third of the store."""
+    path = state / "store.db"
+    with opened(path) as store:
+        gone = [sample.id for sample in rounds()[0].competitions["c00"].samples]
+        for number in range(500):
+            store.keep_losses(f"content {number}", "tokenizer", "p", [Loss(sample, 1.0, 1, "") for sample in gone])
+    before = path.stat().st_size
+    if (pid := os.fork()) == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (before // 3, before // 3))
+            compact(path, 2)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert path.stat().st_size < before / 3
 
 
 def test_a_compacting_that_is_killed_leaves_the_old_file_or_the_new_one(state):
@@ -281,6 +321,17 @@ def test_an_export_has_every_row_of_the_moment_while_a_validator_writes(state, t
     assert {row["hotkey"]: row["weight"] for row in weights if row["round"] == 7200} == dict(record.weights[0].by_hotkey)
     said = (tmp_path / "p" / "columns.md").read_text()
     assert all(f"| `{column}` |" in said for columns in TABLES.values() for column in columns)
+
+
+def test_no_text_of_a_miner_is_a_formula_in_a_spreadsheet(state, tmp_path):
+    texts = ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\tx", "plain=text"]
+    with opened(state / "store.db") as store:
+        store.keep_losses("content", "tokenizer", "p", [Loss(f"s{i}", -1.5, 1, text) for i, text in enumerate(texts)])
+    assert run("export", "--state.dir", state, "--out", tmp_path, "--format", "csv") == 0
+    with (tmp_path / "losses.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["content_id"] == "content"]
+    assert [row["reason"] for row in rows] == [*(f"'{text}" for text in texts[:-1]), texts[-1]]
+    assert {row["nats"] for row in rows} == {"-1.5"}, "a number is no text"
 
 
 def test_an_export_replaces_one_of_before_and_leaves_nothing_half_written(state, tmp_path, capsys):

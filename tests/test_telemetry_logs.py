@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 import pytest
 
@@ -116,6 +117,12 @@ def test_machines_get_one_object_a_line():
     assert set(second) == {"time", "level", "event", "message"}
 
 
+def test_json_has_no_word_for_what_is_no_number():
+    said = _said("configure(as_json=True)\ntell('x', 'y', loss=float('inf'), share=float('nan'), uid=True)")
+    line = json.loads(said, parse_constant=lambda word: pytest.fail(word))
+    assert (line["loss"], line["share"], line["uid"]) == ("inf", "nan", True)
+
+
 def test_within_about_everything_is_about_one_hotkey():
     said = _said(
         "import asyncio\nconfigure(as_json=True)\n"
@@ -142,6 +149,17 @@ def test_what_libraries_log_and_what_nobody_expected_are_events_too():
     assert (first["event"], first["level"], first["message"]) == ("library", "ERROR", "hub: lost 7")
     assert (second["event"], second["level"]) == ("bug", "ERROR")
     assert "ZeroDivisionError" in second["traceback"]
+
+
+def test_what_ends_a_thread_and_warnings_are_events_too():
+    script = (
+        "import os, threading, warnings\nconfigure(as_json=True)\nwarnings.warn(os.environ['HF_TOKEN'])\n"
+        "thread = threading.Thread(target=lambda: {}[os.environ['HF_TOKEN']], name='t')\nthread.start()\nthread.join()"
+    )
+    first, second = map(json.loads, _said(script, env={"HF_TOKEN": "tok-1f2e3d4c5b6a"}).splitlines())
+    assert (first["event"], first["level"]) == ("library", "WARNING")
+    assert "UserWarning: $HF_TOKEN" in first["message"]
+    assert (second["event"], second["message"]) == ("bug", "thread t ended by what nobody expected: KeyError('$HF_TOKEN')")
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
@@ -173,6 +191,62 @@ def test_a_file_that_somebody_else_moves_away_is_begun_anew(tmp_path):
     assert json.loads(log.read_text())["n"] == 2
 
 
+def test_several_programs_write_one_file_and_begin_it_anew_without_losing_a_line(tmp_path):
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom sn29.telemetry import *\n"
+        f"configure(level='INFO', file=Path({str(tmp_path / 'log.jsonl')!r}), file_mb=0.01, keep=1000)\ninput()\n"
+        "for n in range(1000): tell('counted', 'x' * 20, n=n, who=sys.argv[1])"
+    )
+    programs = [
+        subprocess.Popen([sys.executable, "-c", script, who], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT)
+        for who in ("ann", "ben")
+    ]
+    for program in programs:
+        assert program.stdin is not None
+        program.stdin.write(b"\n")
+        program.stdin.close()
+    assert [program.wait(60) for program in programs] == [0, 0]
+    lines = [json.loads(line) for file in tmp_path.iterdir() for line in file.read_text().splitlines()]
+    assert sorted((line["who"], line["n"]) for line in lines) == [(who, n) for who in ("ann", "ben") for n in range(1000)]
+    assert len([*tmp_path.iterdir()]) > 10, "it was begun anew"
+
+
+def test_only_files_that_we_have_named_are_deleted(tmp_path):
+    """And a name is no format: braces and brackets are characters."""
+    others = ("sn29{a}[1].miner.log", "sn29{a}[1].2026.log", "sn29{a}[1].log.gz", "sn29xax1.2026-01-01_00-00-00_000000.log")
+    for name in others:
+        (tmp_path / name).write_text("another's\n")
+        os.utime(tmp_path / name, (1, 1))
+    _said(f"configure(file=Path({str(tmp_path / 'sn29{a}[1].log')!r}), file_mb=0.001, keep=2)\n"
+          "for n in range(50): tell('counted', 'x' * 50, n=n)")  # fmt: skip
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found > set(others)
+    ours = found - set(others)
+    assert len(ours) == 3
+    assert all(re.fullmatch(r"sn29\{a\}\[1\](\.\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6})?\.log", name) for name in ours)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_full_disk_costs_lines_of_the_file_and_is_said_once(as_json, tmp_path):
+    """The limit of a file's size stands for the disk: the kernel writes what fits and then refuses."""
+    log = tmp_path / "log.jsonl"
+    said = _said(
+        f"import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"configure(as_json={as_json}, file=Path({str(log)!r}))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))\n"
+        "for n in range(100): tell('counted', 'x' * 50, n=n)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "for n in range(100, 110): tell('counted', 'x' * 50, n=n)"
+    )
+    assert len(said.splitlines()) == 112, "each event, one line that says that some are lost, one that it is over"
+    assert said.count("log_file") == 2
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    kept = [line["n"] for line in lines if line["event"] == "counted"]
+    assert kept[-10:] == [*range(100, 110)]
+    (over,) = [line for line in lines if line["event"] == "log_file"]
+    assert over["lost"] == 110 - len(kept) + 1, "those, and the line that said so"
+
+
 def test_a_log_file_that_cannot_be_written_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(Rejected, match=re.escape(str(tmp_path / "file" / "log"))):
@@ -185,6 +259,11 @@ def test_a_log_file_that_cannot_be_written_is_one_clear_line(tmp_path):
 def test_what_is_secret_by_its_form_or_by_name_is_taken_out():
     assert clean("at wss://ann:pa55@node.example:9944/v1/0123456789abcdef, again") == "at wss://node.example:9944/***, again"
     assert clean("GET https://hub.example/a/b?X-Amz-Signature=abc&x=1 failed") == "GET https://hub.example/a/b?*** failed"
+    assert (
+        clean("at wss://node.example?apikey=abcd, WSS://node.example/abcd") == "at wss://node.example/***, WSS://node.example/***"
+    )
+    assert clean("wss://node.example/v1/a;bcdef HTTPS://Hub/x?sig=abc") == "wss://node.example/*** HTTPS://Hub/x?***"
+    assert clean("https://ann:p@55@host/x to https://a.b/c@d") == "https://host/x to https://a.b/c@d"
     assert clean("token hf_abcdefghijkl") == "token hf_***"
     assert clean("ws://127.0.0.1:9944 and ws://[::1]:9944/") == "ws://127.0.0.1:9944 and ws://[::1]:9944/"
     conceal("ann/secret-model", "(--repo)")
@@ -208,6 +287,32 @@ def test_a_setting_whose_name_ends_like_a_secrets_is_none():
     env = {"SN29_MINER_START_TOKEN": "competition", "SN29_HUB_TOKEN": "tok-0099887766"}
     said = _said("configure()\ntell('started', 'a competition with tok-0099887766')", env=env)
     assert "a competition with $SN29_HUB_TOKEN" in said
+
+
+@pytest.mark.parametrize(
+    "secret", ["pa\\ss'w\"ord", 'with"one', "with'one", "-----BEGIN\nabcdefghijk\nEND---", "of words/and+signs", "swordfish"]
+)
+def test_a_secret_is_found_in_every_form_that_it_is_written_in(secret):
+    conceal(secret, "(hidden)")
+    try:
+        for said in (secret, repr(secret), repr(f"'{secret}"), repr(f'"{secret}'), f"{KeyError(secret)}", repr({secret: 1}),
+                     quote(secret), quote(secret, safe=""), quote_plus(secret)):  # fmt: skip
+            assert clean(said).strip("'\"\\{}: 1") == "(hidden)", said
+    finally:
+        reveal(secret)
+    assert clean("swordfish") == "swordfish"
+
+
+def test_which_variables_are_secret():
+    """Machines make no plain words and no paths that are there; people make up passwords."""
+    env = {
+        "CI_TOKEN": "default", "X_TOKEN": str(ROOT), "PYTHON_SEED": "123456", "AN_ACCESS_KEY": "validator",
+        "A_PASSWORD": "swordfish", "MY_PASS": "tunafish7", "GH_PAT": "ghp-00112233", "TOKEN_OF_CI": "ci-99887766",
+        "WALLET_SEED": "0x99aabbccddee", "COMPASS": "northwards",
+    }  # fmt: skip
+    said = _said(f"configure()\ntell('x', {' '.join(env.values())!r})", env=env)
+    shown = "default PATH 123456 validator $A_PASSWORD $MY_PASS $GH_PAT $TOKEN_OF_CI $WALLET_SEED northwards"
+    assert said.endswith(f" {shown.replace('PATH', str(ROOT))}\n")
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -31,11 +31,11 @@ HOTKEY = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
 
 
 class Terminal:
-    """A process on a pseudo-terminal of 120 columns and 40 lines, and all that it wrote."""
+    """A process on a pseudo-terminal, and all that it wrote."""
 
-    def __init__(self, *command: str, lines: int = 40, **env: str) -> None:
+    def __init__(self, *command: str, lines: int = 40, columns: int = 120, **env: str) -> None:
         self._ours, theirs = pty.openpty()
-        ioctl(theirs, termios.TIOCSWINSZ, pack("HHHH", lines, 120, 0, 0))
+        ioctl(theirs, termios.TIOCSWINSZ, pack("HHHH", lines, columns, 0, 0))
         self.before = termios.tcgetattr(theirs)
         environment = {**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
         environment.pop("NO_COLOR", None)
@@ -118,6 +118,22 @@ def test_the_table_shows_stage_standings_and_warnings_and_goes(tmp_path):
     assert "\x1b[2J" not in terminal.written
     assert "last weight set: none yet" in shown
     assert shown.rstrip().splitlines()[-1].endswith("all is done")
+    terminal.assert_clean()
+
+
+def test_a_narrow_terminal_cuts_the_table_and_leaves_what_is_told_whole(tmp_path):
+    terminal = Terminal(sys.executable, "-c", ROUND, str(tmp_path), "end", lines=30, columns=50)
+    terminal.read_until(lambda shown: "all is done" in shown, 30)
+    assert terminal.process.wait(30) == 0
+    written = re.sub(r"\x1b\[\d*[AK]|\r", "\n", terminal.written)  # where a line begins anew
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written).splitlines()
+    told = [line for line in lines if re.match(r"\d\d-\d\d \d\d:\d\d:\d\d ", line)]
+    assert any(line.rstrip().endswith(f"hotkey={HOTKEY} competition=c01 measured=60 known=0") for line in told)
+    drawn = [line.removesuffix("drawn") for line in lines if line not in told]
+    assert max(map(len, drawn)) <= 50
+    assert any(line.startswith("sn29 ") and line.endswith("…") for line in drawn)
+    frames = terminal.shown().count("last weight set: none yet")
+    assert sum(line.startswith("waiting  reading") for line in drawn) == frames, "a frame has as many lines as ever"
     terminal.assert_clean()
 
 

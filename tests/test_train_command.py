@@ -291,14 +291,14 @@ def test_curves_go_to_wandb_where_it_is_installed(tmp_path, monkeypatch):
     """Without an account: offline, below the run's folder. Where it is not installed, what to install is said."""
     import importlib.util
 
-    from sn29.telemetry import open_wandb
+    from sn29.telemetry import Curves
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     if importlib.util.find_spec("wandb") is None:
         with pytest.raises(Rejected, match=r"pip install 'sn29\[wandb\]'"):
-            open_wandb("project", tmp_path, {"began": 1.0})
+            Curves("project", tmp_path, {"began": 1.0})
         return
-    run = open_wandb("project", tmp_path, {"began": 1.0})
+    run = Curves("project", tmp_path, {"began": 1.0})
     run.log({"loss": 1.0}, step=1)
     run.finish()
     assert list(tmp_path.glob("wandb/offline-run-*"))

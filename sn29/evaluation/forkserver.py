@@ -183,6 +183,10 @@ class ForkServer:
         except TimeoutError:
             await self.close()
             raise ServerEnded("fork server", f"it had not imported its libraries within {_START_S:.0f} s") from None
+        except asyncio.CancelledError:  # while it imports it would not see that nobody waits, and `close` would wait for it
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            raise
         finally:
             self._waiting.pop(0, None)
 

@@ -55,14 +55,15 @@ class Text:
 
 def compare(words: list[str]) -> int:
     """Always 0: that a model is better than another is neither right nor wrong."""
-    from rich.console import Console
-
-    from sn29.lab.compare import compare as compared
     from sn29.lab_settings import LabCompareSettings
     from sn29.settings import read
 
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries between ours; read when tqdm is imported
     settings = read(LabCompareSettings, words)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries between ours; read when tqdm is imported
+    from rich.console import Console
+
+    from sn29.lab.compare import compare as compared
+
     if len(settings.models) < 2:
         raise Rejected(Reason.SETTING, f"{len(settings.models)} models", "at least two", "MODEL")
     if not settings.documents and not settings.tasks:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,6 +17,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from sn29.errors import Reason
+from sn29.records import Outcome
+from sn29.report.markup import printable
 from sn29.report.snapshot import ALARMS, Snapshot
 from sn29.rules.schedule import in_force
 from sn29.telemetry import STAGES
@@ -67,7 +69,7 @@ def _families(snapshot: Snapshot) -> Iterator[Metric]:
         else:
             family = GaugeMetricFamily(one.name, one.help, labels=one.labels)
         for values, value in one.samples(snapshot):
-            family.add_metric(values, value)  # type: ignore[attr-defined]
+            family.add_metric([printable(x) for x in values], value)  # type: ignore[attr-defined]
         yield family
 
 
@@ -122,12 +124,18 @@ def _on_their_way(s: Snapshot) -> list[Sample]:
     return [((str(mechanism),), float(len(one.on_its_way))) for mechanism, one in published]
 
 
+def _known(outcome: Outcome, judged: Collection[str]) -> str:
+    """Its competition; empty for a name that is none: a miner may write what it likes."""
+    return outcome.competition if outcome.competition in judged else ""
+
+
 def _outcomes(s: Snapshot) -> list[Sample]:
     if s.newest is None:
         return []
     kinds = ("evaluated", "rejected", "waiting", "unavailable")
-    found = Counter((o.competition, o.status) for o in s.newest.outcomes)
-    names = dict.fromkeys([*s.newest.record.competitions, *(name for name, _ in found)])
+    judged = s.newest.record.competitions
+    found = Counter((_known(o, judged), o.status) for o in s.newest.outcomes)
+    names = dict.fromkeys([*judged, *(name for name, _ in found)])
     return [((name, status), float(found[name, status])) for name in names for status in kinds]
 
 
@@ -135,7 +143,8 @@ def _refusals(s: Snapshot) -> list[Sample]:
     if s.newest is None:
         return []
     codes = {reason.code for reason in Reason}
-    found = Counter((o.competition, o.reason) for o in s.newest.outcomes if o.status == "rejected" and o.reason in codes)
+    rejected = [o for o in s.newest.outcomes if o.status == "rejected" and o.reason in codes]
+    found = Counter((_known(o, s.newest.record.competitions), o.reason) for o in rejected)
     return [(labels, float(count)) for labels, count in sorted(found.items())]
 
 
@@ -217,12 +226,12 @@ METRICS: tuple[Described, ...] = (
         lambda s: _one(s.status.round if s.status else None),
     ),
     Described(
-        "sn29_round_finished_block", "block of the newest finished round", lambda s: _one(s.newest.block if s.newest else None)
+        "sn29_round_finished_block", "block of the newest finished round", lambda s: _one(s.finished[0] if s.finished else None)
     ),
     Described(
         "sn29_round_age_seconds",
         "since the newest round was finished",
-        lambda s: _one(s.at - s.newest.written if s.newest else None),
+        lambda s: _one(s.at - s.finished[1] if s.finished else None),
     ),
     Described(
         "sn29_rounds_open",
@@ -234,11 +243,16 @@ METRICS: tuple[Described, ...] = (
     ),
     Described("sn29_weights_set_age_blocks", "blocks since then", lambda s: _set_ages(s, 1.0), ("mechanism",)),
     Described("sn29_weights_set_age_epochs", "epochs since then", lambda s: _set_ages(s, 1 / s.epoch), ("mechanism",)),
+    Described(
+        "sn29_weights_alarm_epochs",
+        "age from which on it is an alarm: --weights.alarm-epochs, and as long as weights wait to be revealed",
+        lambda s: _one(s.patience if s.facts else None),
+    ),
     Described("sn29_weights_sets_total", "weight sets on chain that were read back, ever", _sets, ("mechanism",), "counter"),
     Described("sn29_weights_sent", "sets that were sent and do not stand on chain yet", _on_their_way, ("mechanism",)),
     Described(
         "sn29_models",
-        "models of the newest round by outcome; competition is empty for commitments that name none",
+        "models of the newest round by outcome; competition is empty for commitments that name none of them",
         _outcomes,
         ("competition", "status"),
     ),

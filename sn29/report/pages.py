@@ -30,6 +30,7 @@ from sn29.round_record import CompetitionRecord, address
 from sn29.rules.competition import FixedTokenizer, HubDataset
 from sn29.rules.decision import score_contest
 from sn29.rules.schedule import CompetitionFile, in_force
+from sn29.telemetry import STOPPED
 
 Links = Callable[[str, str], str]
 """(kind of page, its name) -> where it is; kinds: now, competition, miner, round."""
@@ -49,6 +50,7 @@ _STAGES = {
     "measuring": "Measuring losses",
     "deciding": "Deciding weights",
     "publishing": "Setting weights on chain",
+    "stopped": "Stopped",
 }
 _SHORT = {"validator": ("waiting", "reading", "inspecting", "fetching", "measuring", "deciding", "publishing"),
           "miner": ("waiting", "training", "measuring", "publishing")}  # fmt: skip
@@ -118,13 +120,14 @@ def _commands(said: str) -> str:
 def now(s: Snapshot, cast: Cast, links: Links) -> str:
     """What the program does at this moment, and whether somebody should look."""
     program = s.status.program.capitalize() if s.status else "Validator" if s.folder else "Recorded rounds"
-    parts = [f"<h1>{text(program)}</h1>", _who_runs(s), _alarms(s.alarms, watched=s.folder is not None)]
-    if s.status is not None:
-        parts.append(_work(s, cast))
-    parts += [_now_tiles(s), _crowns(s, cast, links), _round_list(s, cast, links), _weights_on_chain(s, cast, links)]
-    if s.status is not None:
-        parts += [_warnings(s, cast, links), _counters(s)]
-    return "\n".join(part for part in parts if part)
+    sections = {
+        "runs": _who_runs(s), "alarms": _alarms(s.alarms, watched=s.folder is not None), "work": _work(s, cast),
+        "tiles": _now_tiles(s), "crowns": _crowns(s, cast, links), "rounds": _round_list(s, cast, links),
+        "weights": _weights_on_chain(s, cast, links), "warnings": _warnings(s, cast, links), "counters": _counters(s),
+    }  # fmt: skip
+    spoken = {"alarms": ' role="status"'}
+    parts = (f'<div data-live="{name}"{spoken.get(name, "")}>{part}</div>' for name, part in sections.items())
+    return "\n".join([f"<h1>{text(program)}</h1>", *parts])
 
 
 def _who_runs(s: Snapshot) -> str:
@@ -137,27 +140,28 @@ def _who_runs(s: Snapshot) -> str:
 
 def _alarms(found: Sequence[Alarm], *, watched: bool) -> str:
     if not found:
-        return '<p class="state good" data-live="alarms" role="status">All is well</p>' if watched else ""
+        return '<p class="state good">All is well</p>' if watched else ""
     rows = "".join(
         f'<li class="{text(a.level)}"><b>{"Critical" if a.level == "critical" else "Warning"}: {text(a.sentence)}</b>'
         f"<p>What to do: {_commands(a.advice)}.</p></li>"
         for a in found
     )
     worst = "bad" if any(a.level == "critical" for a in found) else "warn"
-    return (
-        f'<div data-live="alarms" role="status"><p class="state {worst}">{markup.count(len(found), "alarm")}</p>'
-        f'<ul class="alarms">{rows}</ul></div>'
-    )
+    return f'<p class="state {worst}">{markup.count(len(found), "alarm")}</p><ul class="alarms">{rows}</ul>'
 
 
 def _work(s: Snapshot, cast: Cast) -> str:
     """The stage, how far it is, and about how long it will take."""
     status = s.status
-    assert status is not None
+    if status is None:
+        return ""
     what = f"Round of block {status.round:,}" if status.round is not None else ""
-    spent = max(0.0, s.at - status.stage_started)
+    upto = s.at if s.is_live else status.updated  # of a program that is gone the time stands still
     share = min(1.0, status.done / status.of) if status.of else None
-    left = f"about {lasting(spent * (1 - share) / share)} left" if share and share < 1 and spent > 3 else ""
+    counted, done = upto - status.counted_since, status.done - status.done_before
+    left = ""
+    if s.is_live and counted > 3 and done > 0 and status.done < status.of:
+        left = f"about {lasting(counted * (status.of - status.done) / done)} left"
     amount = ""
     if status.of:
         amount = f"{status.done:,} of {status.of:,}"
@@ -168,12 +172,13 @@ def _work(s: Snapshot, cast: Cast) -> str:
     if status.of:
         bar = f'<progress max="1" value="{share:.4f}" aria-label="{text(_STAGES.get(status.stage, status.stage))}"></progress>'
     names = _SHORT.get(status.program, _SHORT["validator"])
-    at = names.index(status.stage) if status.stage in names else 0
+    at = names.index(status.stage) if status.stage in names else -1
     marks = [" aria-current=step" if i == at else " class=past" if 0 < i < at else "" for i in range(len(names))]
     steps = "".join(f"<li{mark}>{name}</li>" for mark, name in zip(marks, names, strict=True))
-    more = " ".join(filter(None, [amount, f"for {lasting(spent)}"]))
+    spent = "" if status.stage == STOPPED else f"for {lasting(upto - status.stage_started)}"
+    more = " ".join(filter(None, [amount, spent]))
     return (
-        f'<section class="work" aria-label="Stage" data-live="work"><p class="note">{what or "No round in hand"}</p>'
+        f'<section class="work" aria-label="Stage"><p class="note">{what or "No round in hand"}</p>'
         f'<p class="big" aria-live="polite">{text(_STAGES.get(status.stage, status.stage))}</p>{bar}'
         f'<p class="more"><span>{text(_named(status.detail, cast))}</span><span>{more}{f", {left}" if left else ""}</span></p>'
         f'<ol class="stages" aria-label="Stages of a round">{steps}</ol></section>'
@@ -195,7 +200,10 @@ def _now_tiles(s: Snapshot) -> str:
         rows.append(("Newest round", f"{s.newest.block:,}", f"{looked}, finished {_ago(s, s.newest.written)}"))
     if s.disk_bytes:
         rows.append(("Disk", f"{s.free_bytes / 1e9:,.0f} GB free", f"of {s.disk_bytes / 1e9:,.0f} GB"))
-    tiles = f'<div data-live="tiles">{_tiles(rows)}</div>' if rows else ""
+    tiles = _tiles(rows) if rows else ""
+    if s.withheld:
+        what = f"{markup.count(s.withheld, 'newer round')} will be shown when the chain has revealed the weights"
+        return f'{tiles}<p class="note">{what}: this page can be seen from other machines, and others could copy them.</p>'
     return tiles if s.newest else f'{tiles}<p class="lead">No round has been finished yet.</p>'
 
 
@@ -219,22 +227,23 @@ def _crowns(s: Snapshot, cast: Cast, links: Links) -> str:
         holder = _holder(rounds[-1].record.competitions[name]) if rounds else None
         if holder is None:
             said = "no round yet" if not rounds else "nobody"
-            rows.append(markup.row(link, f'<td>{said}</td><td class="n">–</td><td class="n">–</td><td class="n">–</td>'))
+            rows.append(markup.row(link, f"<td>{said}</td>" + 4 * '<td class="n">–</td>'))
             continue
         since = next((one.block for one in reversed(rounds) if _holder_of(one, name) != holder.hotkey), None)
         reign = [one.block for one in rounds if since is None or one.block > since]
         kept = rounds[-1].record.competitions[name]
         count = Counter(m.outcome.status for m in kept.models)
         held = f"{'at least ' if since is None and len(rounds) > 1 else ''}{markup.count(len(reign), 'round')}"
-        bits = markup.number(holder.bits_per_byte, ".4f")
-        rows.append(
-            markup.row(link, f'<td>{_who(cast, links, holder.hotkey)}</td><td class="n">{held}</td><td class="n">{bits}</td>'
-                             f'<td class="n">{count["evaluated"]} / {len(kept.models)}</td>')
-        )  # fmt: skip
+        evaluated, bits = f"{count['evaluated']} / {len(kept.models)}", markup.number(holder.bits_per_byte, ".4f")
+        figures = (held, bits, evaluated, f"{rounds[-1].block:,}")
+        cells = "".join(f'<td class="n">{figure}</td>' for figure in figures)
+        rows.append(markup.row(link, f"<td>{_who(cast, links, holder.hotkey)}</td>{cells}"))
     if not rows:
         return ""
-    head = markup.header("Competition", "Crown", "#Held for", "#Bits a byte", "#Evaluated")
-    return f"<section><h2>Competitions</h2>{markup.table('Who holds each crown, by the newest round', head, rows)}</section>"
+    head = markup.header("Competition", "Crown", "#Held for", "#Bits a byte", "#Evaluated", "#By the round of")
+    return (
+        f"<section><h2>Competitions</h2>{markup.table('Who holds each crown, by the newest round of each', head, rows)}</section>"
+    )
 
 
 def _holder_of(one: Round, name: str) -> str:
@@ -291,6 +300,8 @@ def _weight(weight: float) -> str:
 
 
 def _warnings(s: Snapshot, cast: Cast, links: Links) -> str:
+    if s.status is None:
+        return ""
     rows = []
     for one in reversed(s.warnings):
         who = _who(cast, links, one.hotkey) if one.hotkey else "–"
@@ -305,7 +316,8 @@ def _warnings(s: Snapshot, cast: Cast, links: Links) -> str:
 
 
 def _counters(s: Snapshot) -> str:
-    assert s.status is not None
+    if s.status is None:
+        return ""
     rows = [markup.row(f"<code>{text(k)}</code>", f'<td class="n">{v:,}</td>') for k, v in sorted(s.status.counters.items())]
     spent = [
         markup.row(text(_STAGES.get(k, k)), f'<td class="n">{lasting(v)}</td>')
@@ -550,7 +562,7 @@ def miner(s: Snapshot, cast: Cast, links: Links, hotkey: str) -> str:
     parts.append(_miner_lead(newest, hotkey))
     for name, kept in sorted(newest.record.competitions.items()):
         if kept.model(hotkey) is not None:
-            parts.append(_prospect(newest, cast, name, kept, hotkey))
+            parts.append(_prospect(s, newest, cast, name, kept, hotkey))
     steps, shown = "", None
     for story in reversed(stories):
         outcome = story[0].outcome
@@ -594,26 +606,27 @@ def _named(line: str, cast: Cast) -> str:
     return line
 
 
-def _prospect(newest: Round, cast: Cast, name: str, kept: CompetitionRecord, hotkey: str) -> str:
+def _prospect(s: Snapshot, newest: Round, cast: Cast, name: str, kept: CompetitionRecord, hotkey: str) -> str:
     try:
         found = explain.prospect(name, kept, hotkey)
     except (Sn29Error, ValueError):  # somebody else's record, as in `replay.recompute`
         return ""
     if found is None:
         return ""
-    written = datetime.fromtimestamp(newest.written, UTC)
-    _, *lines = explain.told_prospect(newest.record, name, kept, found, written)
+    _, *lines = explain.told_prospect(newest.record, name, kept, found, None)  # the date is in the tile
     said = "".join(f"<li>{text(_named(line.strip(), cast))}</li>" for line in lines)
-    tiles = _prospect_tiles(newest, kept, found) if found.holder != hotkey else []
+    tiles = _prospect_tiles(s, newest, kept, found) if found.holder != hotkey else []
     picture = _losses_against(cast, kept, hotkey, found.holder)
     return f"<section><h2>Against the crown of {text(name)}</h2>{_tiles(tiles)}<ul>{said}</ul>{picture}</section>"
 
 
-def _prospect_tiles(newest: Round, kept: CompetitionRecord, found: explain.Prospect) -> list[tuple[str, str, str]]:
+def _prospect_tiles(s: Snapshot, newest: Round, kept: CompetitionRecord, found: explain.Prospect) -> list[tuple[str, str, str]]:
     blocks = [block for block in (found.wins_by_evidence, found.wins_at) if block is not None]
     tiles = [("Would take the crown", "never", "with this model")]
     if blocks:
-        at = newest.written + (min(blocks) - kept.window.seed.block) * explain.BLOCK_SECONDS
+        at = s.time_of(min(blocks))
+        if at is None:  # no chain was seen: from when the file was written
+            at = newest.written + (min(blocks) - kept.window.seed.block) * explain.BLOCK_SECONDS
         how = (
             "if every window looks like this one" if min(blocks) == found.wins_by_evidence else "as the holder’s advantage decays"
         )

@@ -30,7 +30,7 @@ MAX_POINTS = 300
 
 _INK, _MUTED, _RULE = (ROLES[name][0] for name in ("ink", "muted", "rule"))
 _MORE, _LESS = ROLES["more"][0], ROLES["less"][0]
-_CHARACTER = 7.2  # width of a character at 12 px, rounded up: the reader's font is not known
+_CHARACTER = 8.2  # width of a character of a short hotkey at 12 px, rounded up: the reader’s font is not known
 _SETTINGS: Mapping[str, object] = {
     "svg.fonttype": "none",  # text, not outlines
     "text.parse_math": False,  # a name with $ in it is a name

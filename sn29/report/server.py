@@ -1,8 +1,8 @@
 """The pages over HTTP: read-only, for people, for Prometheus and for whoever restarts what hangs. Standard library alone.
 
-Only GET and HEAD; no request has a body that is read, no answer depends on anything but the address. Whoever listens on this
-machine alone answers only to names of this machine: else a web page of a stranger could read the answers through the visitor's
-browser, by a name that leads to 127.0.0.1 (DNS rebinding).
+Only GET and HEAD; no request has a body that is read, no answer depends on anything but the address. What is asked by a name is
+answered only if no stranger can have it: else his web page could read the answers through the visitor's browser, by a name of his
+that leads here (DNS rebinding). Whoever listens to others does not show weights that the chain conceals: see `Snapshot.revealed`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -24,9 +25,9 @@ from sn29.report.site import POLICY, Site, answer_json
 from sn29.report.snapshot import Reader, Snapshot
 
 MAX_CONNECTIONS = 32
-"""Answered at a time; the next one is closed at once."""
+"""At a time; for the next one the visitor goes who has been asking for longest, and has not ended."""
 SILENCE_S = 10.0
-"""A visitor who says nothing for so long is left."""
+"""A visitor has so long for the whole request, and to take the answer."""
 FRESH_S = 1.0
 """A reading is used again for so long: many visitors cost the disk no more than one."""
 _HTML, _JSON, _PLAIN = "text/html; charset=utf-8", "application/json", "text/plain; charset=utf-8"
@@ -56,9 +57,9 @@ class Pages:
                 self._last, self._read_at = self._reader.read(), time.monotonic()
             return self._last
 
-    def page(self, path: str) -> str | None:
+    def page(self, snapshot: Snapshot, path: str) -> str | None:
         with self._drawing:  # matplotlib's settings are the process's
-            return self._site.answer(self.snapshot(), path)
+            return self._site.answer(snapshot, path)
 
 
 class Server(ThreadingHTTPServer):
@@ -67,10 +68,14 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 32
 
-    def __init__(self, host: str, port: int, pages: Pages, say: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self, host: str, port: int, pages: Pages, say: Callable[[str], None] = lambda _: None, silence_s: float = SILENCE_S
+    ) -> None:
         """Raises Rejected(SETTING) when nothing can listen there."""
-        self.pages, self.say = pages, say
-        self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.pages, self.say, self._silence_s = pages, say, silence_s
+        self._changing = threading.Lock()
+        self._visitors = 0
+        self._asking: dict[Any, float] = {}  # connections whose request has not come whole, and since when; oldest first
         try:
             self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
             super().__init__((host, port), _Handler)
@@ -85,17 +90,46 @@ class Server(ThreadingHTTPServer):
         host, port = str(self.server_address[0]), self.server_address[1]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
+    def snapshot(self) -> Snapshot:
+        return self.pages.snapshot() if self.is_loopback else self.pages.snapshot().revealed()
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._room.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        with self._changing:
+            is_full = self._visitors >= MAX_CONNECTIONS
+            if is_full and self._asking:
+                self._leave(next(iter(self._asking)))
+            elif is_full:
+                self.shutdown_request(request)
+                return
+            self._visitors += 1
+            self._asking[request] = time.monotonic()
+        super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._room.release()
+            with self._changing:
+                self._visitors -= 1
+                self._asking.pop(request, None)
+
+    def has_asked(self, request: Any) -> None:
+        """The request has come whole."""
+        with self._changing:
+            self._asking.pop(request, None)
+
+    def service_actions(self) -> None:
+        """Called now and then while it serves."""
+        with self._changing:
+            for request, since in list(self._asking.items()):
+                if time.monotonic() - since > self._silence_s:
+                    self._leave(request)
+
+    def _leave(self, request: Any) -> None:
+        """Its thread finds that nothing more comes, and ends."""
+        del self._asking[request]
+        with suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A visitor who went away is none; anything else is said in one line."""
@@ -105,15 +139,22 @@ class Server(ThreadingHTTPServer):
 
     def is_ours(self, host: str) -> bool:
         """Whether a request that names this host is for us: see above."""
-        if not self.is_loopback:
-            return True
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-        return name.strip("[]").lower() == "localhost" or _is_loopback(name.strip("[]"))
+        name = name.strip("[]").lower()
+        is_near = "." not in name and ":" not in name and not self.is_loopback  # `validator`, of a network of containers
+        return bool(name) and (name == "localhost" or is_near or _is_address(name))
 
 
 def _is_loopback(host: str | bytes | bytearray) -> bool:
     try:
         return ipaddress.ip_address(str(host)).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_address(host: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(host))
     except ValueError:
         return False
 
@@ -124,6 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "sn29", ""
 
     def do_GET(self) -> None:
+        self.server.has_asked(self.connection)
         try:
             status, kind, body = self._found()
         except Sn29Error as error:
@@ -142,17 +184,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _found(self) -> tuple[HTTPStatus, str, bytes]:
         if not self.server.is_ours(self.headers.get("Host", "")):
-            return HTTPStatus.MISDIRECTED_REQUEST, _PLAIN, b"only by a name of this machine: localhost or 127.0.0.1\n"
-        path, pages = self.path.partition("?")[0].partition("#")[0], self.server.pages
+            return HTTPStatus.MISDIRECTED_REQUEST, _PLAIN, b"only by its address, or localhost\n"
+        path, snapshot = self.path.partition("?")[0].partition("#")[0], self.server.snapshot()
         if path == "/metrics":
-            return HTTPStatus.OK, metrics.CONTENT_TYPE, metrics.exposition(pages.snapshot())
+            return HTTPStatus.OK, metrics.CONTENT_TYPE, metrics.exposition(snapshot)
         if path == "/healthz":
-            return _health(pages.snapshot())
+            return _health(snapshot)
         if path.endswith(".json"):
-            data = answer_json(pages.snapshot(), path.removesuffix(".json"))
+            data = answer_json(snapshot, path.removesuffix(".json"))
             if data is not None:
                 return HTTPStatus.OK, _JSON, data if isinstance(data, bytes) else _as_json(data)
-        elif (page := pages.page(path)) is not None:
+        elif (page := self.server.pages.page(snapshot, path)) is not None:
             return HTTPStatus.OK, _HTML, page.encode(errors="replace")
         return HTTPStatus.NOT_FOUND, _PLAIN, b"there is no such page\n"
 

@@ -28,16 +28,23 @@ from sn29.telemetry import Status
 REFRESH_S = 5
 _LIVE = (
     """
-const again=async()=>{if(document.hidden)return;try{const r=await fetch(location.href);if(!r.ok)return;
-const d=new DOMParser().parseFromString(await r.text(),'text/html');
-for(const e of document.querySelectorAll('[data-live]')){const n=d.querySelector(`[data-live="${e.dataset.live}"]`);
-if(n&&e.className!==n.className)e.className=n.className;
-if(n&&e.innerHTML!==n.innerHTML&&!e.contains(document.activeElement))e.innerHTML=n.innerHTML}
-document.title=d.title}catch(e){}};setInterval(again,%d)
+const parts=d=>[...d.querySelectorAll('[data-live]')];let answered=new Date,asking=false;
+const again=async()=>{if(document.hidden||asking)return;asking=true;try{
+const r=await fetch(location.href,{signal:AbortSignal.timeout(%d)});if(!r.ok)throw r;
+const d=new DOMParser().parseFromString(await r.text(),'text/html'),now=parts(d);
+for(const e of parts(document)){const n=now.find(n=>n.dataset.live===e.dataset.live);
+if(n&&e.innerHTML!==n.innerHTML&&!e.contains(document.activeElement)){
+const open=[...e.querySelectorAll('details')].map(x=>x.open);e.innerHTML=n.innerHTML;
+e.querySelectorAll('details').forEach((x,i)=>{x.open=!!open[i]})}}
+document.title=d.title;document.querySelector('[rel=icon]').href=d.querySelector('[rel=icon]').href;answered=new Date
+}catch(e){const said='No answer since '+answered.toISOString().slice(11,16)+' UTC';
+document.querySelector('[data-live=alarms]').innerHTML='<p class="state bad">'+said+': what is below is old</p>';
+document.title='(!) '+said}asking=false};
+setInterval(again,%d);document.addEventListener('visibilitychange',again)
 """.strip().replace("\n", "")
-    % (1000 * REFRESH_S)
+    % (4000 * REFRESH_S, 1000 * REFRESH_S)
 )
-"""Keeps what is marked up to date on the first page; everything else is there without it."""
+"""Keeps what is marked up to date on the first page, and says when nothing answers; everything is there without it."""
 _HASH = base64.b64encode(hashlib.sha256(_LIVE.encode()).digest()).decode()
 POLICY = (
     f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{_HASH}'; connect-src 'self'; "
@@ -52,7 +59,11 @@ MAX_KEPT = 64
 
 def link(kind: str, name: str) -> str:
     """The address of a page that is served."""
-    return "/" if kind == "now" else f"/{kind}/{quote(name, safe='')}"
+    return "/" if kind == "now" else f"/{kind}/{_quoted(name)}"
+
+
+def _quoted(name: str) -> str:
+    return quote(name, safe="", errors="replace")
 
 
 def anchor(kind: str, name: str) -> str:
@@ -61,7 +72,7 @@ def anchor(kind: str, name: str) -> str:
 
 
 def _id(kind: str, name: str) -> str:
-    return kind if kind == "now" else f"{kind}-{quote(name, safe='')}"
+    return kind if kind == "now" else f"{kind}-{_quoted(name)}"
 
 
 def parsed(path: str) -> tuple[str, str] | None:
@@ -90,7 +101,7 @@ class Site:
     def _body(self, s: Snapshot, kind: str, name: str) -> str | None:
         if kind == "now":
             return pages.now(s, pages.cast_of(s), link)
-        key = (kind, name, tuple(one.sha256 for one in s.rounds), _rules_key(s, name))
+        key = (kind, name, tuple(one.sha256 for one in s.rounds), _rules_key(s, name), s.head is None)
         if key not in self._kept:
             body = _made(s, pages.cast_of(s), link, kind, name)
             if body is None:
@@ -136,7 +147,7 @@ def _shell(s: Snapshot, where: tuple[str, str], title: str, main: str) -> str:
     if kind == "now":
         head += f'\n<noscript><meta http-equiv="refresh" content="{6 * REFRESH_S}"></noscript>'
     data = "/status.json" if kind == "now" else f"{link(kind, name)}.json"
-    foot = f'<footer>Read {pages.when(s.at)}. As JSON: <a href="{text(data)}">{text(data)}</a>. '
+    foot = f'<footer data-live="foot">Read {pages.when(s.at)}. As JSON: <a href="{text(data)}">{text(data)}</a>. '
     foot += 'For machines: <a href="/metrics">/metrics</a>, <a href="/healthz">/healthz</a>.</footer>'
     script = f"\n<script>{_LIVE}</script>" if kind == "now" else ""
     return _document(head, f"{_top(s, link, where)}\n{main}\n{foot}{script}")
@@ -150,7 +161,7 @@ def _top(s: Snapshot, links: pages.Links, where: tuple[str, str] | None) -> str:
     nav = "".join(f'<a href="{text(links(k, n))}"{marks[where == (k, n)]}>{text(said)}</a>' for k, n, said in targets)
     return (
         '<a class="skip" href="#main">Skip to the content</a>\n<header class="top">'
-        f'<a class="brand" href="{links("now", "")}">sn29</a><nav aria-label="Pages">{nav}</nav></header>'
+        f'<a class="brand" href="{links("now", "")}">sn29</a><nav aria-label="Pages" data-live="pages">{nav}</nav></header>'
     )
 
 
@@ -180,9 +191,8 @@ def whole(s: Snapshot) -> str:
     policy = f'<meta http-equiv="Content-Security-Policy" content="{_FILE_POLICY}">\n'
     head = f"{policy}<title>{text(title)}</title>\n{_icon(s)}\n<style>{css()}</style>"
     main = f'<main id="main">\n{"".join(parts)}\n</main>'
-    return _document(
-        head, f"{_top(s, anchor, None)}\n{main}\n<footer>Written {pages.when(s.at)}. Nothing in it is updated.</footer>"
-    )
+    top = _static(_top(s, anchor, None))
+    return _document(head, f"{top}\n{main}\n<footer>Written {pages.when(s.at)}. Nothing in it is updated.</footer>")
 
 
 def _static(body: str) -> str:
@@ -239,6 +249,7 @@ def status_json(s: Snapshot) -> Mapping[str, Any]:
             }
             for mechanism, one in published
         },
+        "rounds_withheld": s.withheld,
         "open_rounds": list(s.facts.open_rounds) if s.facts else [],
         "rounds": [
             {"block": one.block, "finished": one.written, "file": one.path.name, "sha256": one.sha256} for one in s.rounds

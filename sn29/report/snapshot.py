@@ -2,6 +2,7 @@
 
     Reader.read -> Snapshot   frozen; what could not be read is said in it, never raised
     alarms(...)               what somebody should look at, and what to do
+    Snapshot.revealed         without what other validators must not see yet
 
 Nothing is written, and the store is opened for reading alone: the program that owns it does not notice.
 """
@@ -12,19 +13,20 @@ import hashlib
 import shutil
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from sn29 import record_files
-from sn29.errors import Sn29Error
+from sn29.concealment import clean
+from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
 from sn29.records import Outcome, Weights
+from sn29.replay import recompute
 from sn29.round_record import RoundRecord
 from sn29.rules.schedule import CompetitionFile
 from sn29.store import ChainSeen, Sent, reading
-from sn29.telemetry import STATUS, Status, Warned
+from sn29.telemetry import STATUS, STOPPED, Status, Warned
 
 BLOCK_SECONDS = 12.0
 EPOCH = 360
@@ -33,6 +35,8 @@ STALE_S = 60.0
 """A program writes its status every 5 s: one that is this old is of a program that hangs or has ended."""
 STALE_BLOCKS = 25
 """A newest final block that is older than so many blocks, and than a minute, is old: `publication.STALE_BLOCKS`."""
+UNPUBLISHED_S = 900.0
+"""So long no set of weights may fail again and again without an alarm."""
 LOOP_STARTS, LOOP_S = 4, 900.0
 """So many starts within so many seconds are a program that does not stay up."""
 LEAST_FREE, LITTLE_FREE = 1e9, 20e9
@@ -53,16 +57,17 @@ class Alarm:
 
 
 ALARMS: Mapping[str, str] = {
-    "status_old": "status.json is missing or older than a minute: the program hangs or has ended",
+    "status_old": "status.json is missing or older than a minute, or says that the program has ended",
     "restart_loop": "the program was started 4 times or more within 15 minutes",
-    "chain_old": "the newest final block is older than 25 blocks and a minute",
+    "chain_old": "the newest final block, or the start where none was seen, is older than 25 blocks and a minute",
     "weights_old": "no weight set stands on chain that is younger than --weights.alarm-epochs epochs",
+    "not_published": "every try to set weights has failed for 15 minutes",
     "disk_full": "the disk of the state folder is nearly full",
     "round_overdue": "a round is still open though the next window has begun",
-    "no_round": "no round was finished within two windows",
+    "no_round": "no round was finished within two windows of the one before, or of the start",
     "bugs": "the program met an error that nobody expected",
     "store": "the store cannot be read",
-    "records": "a round record cannot be read",
+    "records": "a round record cannot be read, or not be computed again by this version",
     "rules": "the competition files cannot be read",
 }
 """Name -> when it is raised. docs/metrics.md has this table."""
@@ -135,6 +140,23 @@ class Snapshot:
     disk_bytes: int
     """Of the disk that the state folder is on; 0: not known."""
     alarms: tuple[Alarm, ...]
+    alarm_epochs: int = 3
+    """--weights.alarm-epochs."""
+    finished: tuple[int, float] | None = None
+    """(block, when it was written) of the newest record, also of one that is withheld."""
+    withheld: int = 0
+    """Rounds that are left out, see `revealed`."""
+
+    def revealed(self) -> Snapshot:
+        """Without the rounds whose weights the chain does not show yet, where it conceals them: others would copy them."""
+        if self.facts is None or self.facts.seen is None or not self.facts.seen.reveal_epochs:
+            return self
+        published = self.facts.published
+        upto = min((one.stands[1].block if one.stands else -1 for one in published.values()), default=-1)
+        shown = {m: replace(one, decided=one.stands[1] if one.stands else Weights(-1, {})) for m, one in published.items()}
+        rounds = tuple(one for one in self.rounds if one.block <= upto)
+        facts = replace(self.facts, published=shown)
+        return replace(self, facts=facts, rounds=rounds, withheld=len(self.rounds) - len(rounds))
 
     @property
     def newest(self) -> Round | None:
@@ -142,8 +164,13 @@ class Snapshot:
 
     @property
     def is_live(self) -> bool:
-        """A program writes its status now and then: its age says whether it lives."""
-        return self.status is not None and self.at - self.status.updated <= STALE_S
+        """A program writes its status now and then, until it ends: its age says whether it lives."""
+        return self.status is not None and self.status.stage != STOPPED and abs(self.at - self.status.updated) <= STALE_S
+
+    @property
+    def validator(self) -> Status | None:
+        """The status, if it is one of a validator."""
+        return self.status if self.status is not None and self.status.program == "validator" else None
 
     @property
     def is_healthy(self) -> bool:
@@ -153,6 +180,11 @@ class Snapshot:
     def block_seconds(self) -> float:
         seen = self.facts.seen if self.facts else None
         return seen.block_seconds if seen and seen.block_seconds > 0 else BLOCK_SECONDS
+
+    @property
+    def patience(self) -> int:
+        """Epochs after which the weight set on chain is too old: before it stands it waits to be revealed."""
+        return self.alarm_epochs + (self.facts.seen.reveal_epochs if self.facts and self.facts.seen else 0)
 
     @property
     def epoch(self) -> int:
@@ -213,12 +245,12 @@ class Reader:
     rounds: int = 40
     alarm_epochs: int = 3
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _kept: OrderedDict[Path, tuple[tuple[int, int], Round]] = field(default_factory=OrderedDict)
+    _kept: dict[Path, tuple[tuple[int, int], Round | Rejected]] = field(default_factory=dict)
 
     def read(self) -> Snapshot:
         """Never raises for what it reads: that is an alarm."""
         with self._lock:
-            found: list[Alarm] = []
+            found: list[Alarm] = []  # what could not be read
             status = self._status(found)
             facts = self._facts(found)
             rounds = self._rounds(found)
@@ -227,11 +259,13 @@ class Reader:
             except Sn29Error as error:
                 files = {}
                 advice = "`sn29 competitions check` says what is wrong; the rules of before stay in force meanwhile"
-                found.append(Alarm("rules", "warning", str(error), advice))
-            disk = shutil.disk_usage(self.folder) if self.folder is not None and self.folder.is_dir() else None
-            free, size = (disk.free, disk.total) if disk else (0, 0)
-            snapshot = Snapshot(time.time(), self.folder, status, facts, rounds, files, free, size, ())
-            return _with(snapshot, (*alarms(snapshot, self.alarm_epochs), *found))
+                found.append(Alarm("rules", "warning", clean(error), advice))
+            free, size = _disk(self.folder)
+            newest = (rounds[-1].block, rounds[-1].written) if rounds else None
+            now = Snapshot(time.time(), self.folder, status, facts, rounds, files, free, size, (), self.alarm_epochs, newest)
+            names = {alarm.name for alarm in found}
+            raised = [*(alarm for alarm in alarms(now) if alarm.name not in names), *found]
+            return replace(now, alarms=tuple(sorted(raised, key=lambda alarm: alarm.level != "critical")))
 
     def _status(self, found: list[Alarm]) -> Status | None:
         if self.folder is None:
@@ -246,25 +280,25 @@ class Reader:
 
     def _facts(self, found: list[Alarm]) -> Facts | None:
         path = self.folder / "store.db" if self.folder is not None else None
-        if path is None or not path.exists():
-            return None
         try:
-            with reading(path) as store:
+            if path is None or not path.exists():
+                return None
+            with reading(path, briefly=True) as store:
                 theirs = store.taken_over()
                 decided = {m: w for m, w in store.weights().items() if w.block != theirs}
                 return Facts(
                     store.chain() or "", store.chain_seen(), tuple(one.block for one in store.open_rounds()),
                     store.last_finished(), store.first_decided(),
                     {
-                        m: Published(w, store.last_publication(m), store.sent(m), len(store.publications(m)))
+                        m: Published(w, store.last_publication(m), store.sent(m), store.count_publications(m))
                         for m, w in decided.items()
                     },
                 )  # fmt: skip
-        except Sn29Error as error:
+        except (Sn29Error, OSError, ValueError, TypeError, AttributeError) as error:  # of rows that are no JSON, or another one
             advice = (
                 "`sn29 store check` says what is damaged; a store of an older version is brought up to date at the next start"
             )
-            found.append(Alarm("store", "critical", str(error), advice))
+            found.append(Alarm("store", "critical", clean(error), advice))
             return None
 
     def _rounds(self, found: list[Alarm]) -> tuple[Round, ...]:
@@ -274,61 +308,91 @@ class Reader:
             else:
                 folder = (self.folder or Path()) / record_files.FOLDER
                 paths = record_files.paths([folder]) if record_files.has_any(folder) else []
-        except Sn29Error as error:
-            found.append(Alarm("records", "warning", str(error), _LOOK_AT_RECORDS))
+        except (Sn29Error, OSError) as error:
+            found.append(Alarm("records", "warning", clean(error), _LOOK_AT_RECORDS))
             return ()
         rounds: dict[int, Round] = {}
+        wrong: list[Sn29Error] = []
+        looked = set[Path]()
         for path in reversed(paths):
-            if len(rounds) == self.rounds:
+            if len(rounds) + len(wrong) == self.rounds:
                 break
-            try:
-                one = self._round(path)
-            except Sn29Error as error:
-                found.append(Alarm("records", "warning", str(error), _LOOK_AT_RECORDS))
-            else:
+            one = self._round(path)
+            looked.add(path)
+            if isinstance(one, Round):
                 rounds.setdefault(one.block, one)
-        for path in [path for path in self._kept if all(one.path != path for one in rounds.values())]:
-            del self._kept[path]
+            else:
+                wrong.append(one)
+        self._kept = {path: kept for path, kept in self._kept.items() if path in looked}
+        if wrong:
+            more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            found.append(Alarm("records", "warning", f"{clean(wrong[0])}{more}", _LOOK_AT_RECORDS))
         return tuple(rounds[block] for block in sorted(rounds))
 
-    def _round(self, path: Path) -> Round:
-        """Raises as `record_files.read` does."""
-        written = record_files.written(path).timestamp()
-        text = path.stat()
-        stamp = (text.st_mtime_ns, text.st_size)
-        if path in self._kept and self._kept[path][0] == stamp:
+    def _round(self, path: Path) -> Round | Sn29Error:
+        """The record, which this version can compute again; or why there is none."""
+        try:
+            stat = path.stat()
+            stamp = (stat.st_mtime_ns, stat.st_size)
+            if path not in self._kept or self._kept[path][0] != stamp:
+                self._kept[path] = (stamp, _judged(path, stat.st_mtime))
             return self._kept[path][1]
-        digest = hashlib.sha256(record_files.read_text(path)).hexdigest()
-        one = Round(path, record_files.read(path), digest, written)
-        self._kept[path] = (stamp, one)
-        return one
+        except OSError as error:
+            return Unavailable(str(path), error.strerror or str(error))
+        except Unavailable as error:
+            return error
 
 
-def _with(snapshot: Snapshot, found: Sequence[Alarm]) -> Snapshot:
-    worst_first = sorted(found, key=lambda alarm: alarm.level != "critical")
-    return replace(snapshot, alarms=tuple(worst_first))
+def _judged(path: Path, written: float) -> Round | Rejected:
+    """Raises Unavailable."""
+    try:
+        record = record_files.read(path)
+        recompute(record)
+        return Round(path, record, hashlib.sha256(record_files.read_text(path)).hexdigest(), written)
+    except Rejected as error:
+        named = path.name in error.where
+        return error if named else Rejected(error.reason, error.got, error.limit, f"{path.name}: {error.where or 'the record'}")
+    except ValueError as error:
+        return Rejected(Reason.RECORD, error, "one that this version can compute again", str(path))
+
+
+def _disk(folder: Path | None) -> tuple[int, int]:
+    """(free bytes, all bytes); zeros: not known."""
+    try:
+        found = shutil.disk_usage(folder) if folder is not None else None
+    except OSError:
+        found = None
+    return (found.free, found.total) if found else (0, 0)
 
 
 _LOOK_AT_PROGRAM = "look at its log, and whether its service runs; start it again: it goes on where it was"
+_PUBLISHING = "`sn29 doctor validator` checks permit, stake and connection"
 _LOOK_AT_RECORDS = "`sn29 replay FILE` says what is wrong with it; take the file out of the folder, or restore it from a backup"
 
 
 # --- alarms -----------------------------------------------------------------------------------------------------------
 
 
-def alarms(snapshot: Snapshot, alarm_epochs: int) -> list[Alarm]:
+def alarms(snapshot: Snapshot) -> list[Alarm]:
     """What is known of a program by its folder alone; nothing where no folder was named."""
     if snapshot.folder is None:
         return []
-    checks = (_status_old, _restart_loop, _chain_old, _disk_full, _round_overdue, _no_round, _bugs)
+    checks = (_status_old, _restart_loop, _chain_old, _not_published, _disk_full, _round_overdue, _no_round, _bugs)
     found = [check(snapshot) for check in checks]
-    return [alarm for alarm in (*found, *_weights_old(snapshot, alarm_epochs)) if alarm is not None]
+    return [alarm for alarm in (*found, *_weights_old(snapshot)) if alarm is not None]
 
 
 def _status_old(s: Snapshot) -> Alarm | None:
     if s.is_live:
         return None
-    said = f"no word from the program for {lasting(s.at - s.status.updated)}" if s.status else f"no {STATUS} in {s.folder}"
+    if s.status is None:
+        return Alarm("status_old", "critical", f"no {STATUS} in {s.folder}", _LOOK_AT_PROGRAM)
+    if s.status.stage == STOPPED:
+        why = f": {s.status.detail}" if s.status.detail else ", as it was asked to"
+        said = f"the program ended {lasting(s.at - s.status.updated)} ago{why}"
+        return Alarm("status_old", "critical" if s.status.detail else "warning", said, _LOOK_AT_PROGRAM)
+    age = s.at - s.status.updated
+    said = f"no word from the program for {lasting(age)}" if age >= 0 else f"its last word is of {lasting(-age)} from now"
     return Alarm("status_old", "critical", said, _LOOK_AT_PROGRAM)
 
 
@@ -341,32 +405,59 @@ def _restart_loop(s: Snapshot) -> Alarm | None:
 
 
 def _chain_old(s: Snapshot) -> Alarm | None:
-    if s.head is None:
+    status = s.validator
+    if s.status is not None and not s.is_live:  # nobody follows the chain
         return None
-    age = s.at - s.head[1]
+    if status is not None and status.head is None:  # it has not seen any itself: since its start
+        if status.stage != "waiting":  # a warm start, which measures before it follows the chain
+            return None
+        age, said = s.at - status.started, "no block of the chain was seen since the start, {} ago"
+    elif s.head is not None:
+        age, said = s.at - s.head[1], f"the newest final block, {s.head[0]:,}, is {{}} old"
+    else:
+        return None
     if age <= max(STALE_BLOCKS * s.block_seconds, 60.0):
         return None
     advice = "look at the node of --subtensor.network, or name spare ones with --subtensor.fallbacks"
-    return Alarm("chain_old", "critical", f"the newest final block, {s.head[0]:,}, is {lasting(age)} old", advice)
+    return Alarm("chain_old", "critical", said.format(lasting(age)), advice)
 
 
-def _weights_old(s: Snapshot, alarm_epochs: int) -> list[Alarm]:
-    """As `Publisher.watch` counts: from the set that stands, or from the first round that decided any."""
-    if s.facts is None or s.block is None:
+def _not_published(s: Snapshot) -> Alarm | None:
+    since = s.status.unpublished_since if s.status else None
+    if since is None or s.at - since < UNPUBLISHED_S:
+        return None
+    said = f"no weights could be set for {lasting(s.at - since)}"
+    return Alarm("not_published", "warning", said, "the last warnings `not_published` say why: " + _PUBLISHING)
+
+
+def _since_start(s: Snapshot) -> float | None:
+    """Blocks."""
+    return (s.at - s.validator.started) / s.block_seconds if s.validator is not None and s.is_live else None
+
+
+def _weights_old(s: Snapshot) -> list[Alarm]:
+    """As `Publisher.watch` counts: from the set that stands, or from the first round that decided any; without any from the
+    start."""
+    if s.facts is None:
+        return []
+    blocks = _since_start(s)
+    if not s.facts.published and blocks is not None and blocks >= s.alarm_epochs * s.epoch:
+        said = f"no weights were decided in {blocks / s.epoch:,.0f} epochs since the start"
+        return [Alarm("weights_old", "critical", said, "its stage and the last warnings say what the rounds wait for")]
+    if s.block is None:
         return []
     found = []
-    patience = s.facts.seen.reveal_epochs if s.facts.seen else 0
     for mechanism, one in sorted(s.facts.published.items()):
         since = one.stands[0] if one.stands else s.facts.first_decided or one.decided.block
         epochs = (s.block - since) // s.epoch
-        if epochs >= alarm_epochs + patience:
+        if epochs >= s.patience:
             which = f" of mechanism {mechanism}" if mechanism else ""
             said = (
                 f"the weight set{which} on chain is of block {since:,}, {epochs:,} epochs ago"
                 if one.stands
                 else f"no weight set{which} stands on chain, {epochs:,} epochs after the first decision"
             )
-            advice = "the last warnings say what the chain refuses; `sn29 doctor validator` checks permit, stake and connection"
+            advice = "the last warnings say what the chain refuses; " + _PUBLISHING
             found.append(Alarm("weights_old", "critical", said, advice))
     return found
 
@@ -390,9 +481,16 @@ def _round_overdue(s: Snapshot) -> Alarm | None:
 
 
 def _no_round(s: Snapshot) -> Alarm | None:
-    if s.facts is None or s.facts.last_finished is None or s.block is None or s.block < s.facts.last_finished + 2 * _window(s):
+    if s.facts is None:
         return None
-    said = f"the last finished round is of block {s.facts.last_finished:,}, more than two windows ago"
+    last, started, now = s.facts.last_finished, _since_start(s), s.block
+    ages = [] if started is None else [started]
+    ages += [] if last is None or now is None else [now - last]
+    if not ages or min(ages) < 2 * _window(s):
+        return None
+    said = "no round was finished yet, more than two windows after the start"
+    if last is not None:
+        said = f"the last finished round is of block {last:,}, more than two windows ago"
     return Alarm("no_round", "warning", said, "the last warnings say what rounds wait for: the chain, the Hub or the data set")
 
 

@@ -254,3 +254,20 @@ asyncio.run(main())
     assert gone(int(server))
     assert gone(child)
     assert not Path(home).exists()
+
+
+def test_a_start_that_is_called_off_ends_the_server_at_once(tmp_path, monkeypatch):
+    (tmp_path / "endless.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+
+    async def called_off() -> int | None:
+        async with ForkServer(libraries=["endless"]) as server:
+            call = asyncio.create_task(server.call("os:getcwd", ""))
+            while server._process is None:
+                await asyncio.sleep(0.01)
+            process = server._process
+            call.cancel()
+            async with asyncio.timeout(60):
+                return await process.wait()
+
+    assert asyncio.run(called_off()) == -signal.SIGKILL

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 from recorded import WINDOW, c00_text
-from watched import ALICE, BOB, CAROL, DAVE, VALIDATOR, Watched, telling, watched
+from watched import ALICE, BOB, CAROL, DAVE, FIRST, VALIDATOR, Watched, telling, watched
 
+from sn29 import record_files
+from sn29.records import Outcome
 from sn29.report.metrics import METRICS, exposition, table
 from sn29.report.snapshot import ALARMS, Reader
 from sn29.rules.schedule import parse_file
@@ -78,6 +81,27 @@ def test_alarms_are_all_told_raised_or_not(tmp_path: Path) -> None:
     assert set(found) == set(ALARMS)
     assert (found["status_old"], found["bugs"]) == (2, 0)
     assert "sn29_up 0.0" in text
+
+
+def test_a_miner_chooses_no_label(tmp_path: Path) -> None:
+    """By a competition that is none, or characters that cannot be sent."""
+    state = watched(tmp_path)
+    newest = replace(
+        state.newest,
+        no_competition=tuple(
+            Outcome(f"5{i:e>47}", f"mine-{i}", FIRST, "rejected", "", "", "unknown_competition", "x", "y", "z") for i in range(99)
+        ),
+    )
+    record_files.keep_only(record_files.write(tmp_path / "records", newest))
+    found = read(state)
+    assert found["sn29_models", ("", "rejected")] == 99
+    assert found["sn29_refusals", ("", "unknown_competition")] == 99
+    assert not [labels for _, labels in found if any("mine" in label for label in labels)]
+
+
+def test_the_age_at_which_weights_are_an_alarm_is_a_metric(tmp_path: Path) -> None:
+    watched(tmp_path)
+    assert "sn29_weights_alarm_epochs 20.0" in exposition(Reader(tmp_path, alarm_epochs=20).read()).decode()
 
 
 def test_a_folder_without_anything_has_metrics_too(tmp_path: Path) -> None:

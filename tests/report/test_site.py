@@ -116,7 +116,7 @@ def test_alarms_come_first_with_what_to_do(site: Site, snapshot: Snapshot) -> No
     from sn29.report.snapshot import alarms
 
     old = replace(snapshot, status=silent)
-    page = read(site, replace(old, alarms=tuple(alarms(old, 3))), "/")
+    page = read(site, replace(old, alarms=tuple(alarms(old))), "/")
     said = page.text()
     assert "Critical: no word from the program for 5 min" in said
     assert said.index("What to do: look at its log") < said.index("Measuring losses")
@@ -237,10 +237,60 @@ def test_a_miner_that_trains_has_a_page_too(site: Site, tmp_path: Path) -> None:
     telemetry.configure(level="CRITICAL")
     telemetry.keep_status(tmp_path / telemetry.STATUS, "miner")
     telemetry.stage("training", 300, 1000)
+    at_work = replace(Reader(tmp_path).read(), alarms=())
     telemetry.leave_status()
-    said = read(site, Reader(tmp_path).read(), "/").text()
+    said = read(site, at_work, "/").text()
     for words in ("Miner", "Training", "300 of 1,000", "All is well", "waiting training measuring publishing"):
         assert words in said, words
+    ended = read(site, Reader(tmp_path).read(), "/").text()
+    assert "Stopped" in ended
+    assert "Training" not in ended.split("Where the time went")[0]
+    assert "All is well" not in ended.partition("const parts")[0]
+
+
+def test_the_time_that_is_left_is_counted_from_where_the_stage_was_taken_up(site: Site, snapshot: Snapshot) -> None:
+    assert snapshot.status is not None
+    began = snapshot.at - 10
+    status = replace(snapshot.status, stage_started=began - 5, counted_since=began, done_before=90_000, done=90_100, of=100_000)
+
+    def said(**changes) -> str:
+        return read(site, replace(snapshot, status=replace(status, **changes)), "/").text()
+
+    assert "90,100 of 100,000 for 15 s , about 16 min left" in said().replace(" s,", " s ,")
+    assert "left" not in said(done=90_000).split("Setting")[0].partition("90,000 of")[2][:60], "nothing is known yet"
+    gone = said(updated=snapshot.at - 7200)
+    assert "about" not in gone.partition("90,100 of")[2][:60]
+    assert "for 2 h" not in gone
+
+
+def test_a_crown_of_an_older_round_says_so(site: Site, snapshot: Snapshot) -> None:
+    newest = snapshot.rounds[-1]
+    empty = replace(newest, record=replace(newest.record, competitions={}))
+    said = read(site, replace(snapshot, rounds=(*snapshot.rounds[:-1], empty)), "/").text()
+    crowns = said.partition("Who holds each crown")[2].partition("Rounds")[0]
+    assert f"{snapshot.rounds[-2].block:,}" in crowns
+    assert f"{newest.block:,}" not in crowns
+
+
+def test_the_date_of_a_forecast_does_not_depend_on_when_a_file_was_copied(snapshot: Snapshot) -> None:
+    copied = replace(snapshot, rounds=tuple(replace(one, written=one.written + 30 * 86_400) for one in snapshot.rounds))
+
+    def tile(s: Snapshot) -> str:
+        page = Page(Site().answer(s, f"/miner/{BOB}") or "").text()
+        return page.partition("Would take the crown")[2][:40]
+
+    assert "UTC" in tile(snapshot)
+    assert tile(copied) == tile(snapshot)
+
+
+def test_every_part_of_the_first_page_is_there_from_the_beginning(site: Site, snapshot: Snapshot, tmp_path: Path) -> None:
+    """What appears later has its place already: an open page is brought up to date part by part."""
+
+    def parts(s: Snapshot) -> list[str]:
+        return [value for _, name, value in read(site, s, "/").attributes if name == "data-live"]
+
+    assert parts(Reader(tmp_path).read()) == parts(snapshot)
+    assert {"alarms", "work", "tiles", "crowns", "rounds", "weights", "warnings", "counters", "pages"} <= set(parts(snapshot))
 
 
 def test_a_page_that_was_made_is_kept_until_a_round_comes(snapshot: Snapshot, state: Watched, tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
+import sqlite3
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +18,12 @@ from watched import ALICE, EVE, FIRST, ZED, telling, watched
 
 from sn29 import telemetry
 from sn29.errors import Reason, Rejected
+from sn29.records import Weights
+from sn29.report import metrics
+from sn29.report.site import everything, whole
 from sn29.report.snapshot import ALARMS, LITTLE_FREE, Reader, alarms, lasting
 from sn29.rules.schedule import parse_file
-from sn29.store import Store
+from sn29.store import ChainSeen, Store
 
 
 def rules():
@@ -58,7 +65,7 @@ def test_a_program_that_is_silent_is_an_alarm_that_healthz_knows(tmp_path: Path)
         now = Reader(tmp_path).read()
     assert now.status is not None
     later = replace(now, status=replace(now.status, updated=now.at - 61))
-    first = alarms(later, 3)[0]
+    first = alarms(later)[0]
     assert first.name == "status_old"
     assert "61 s" in first.sentence
     assert "start it again" in first.advice
@@ -91,12 +98,112 @@ def test_a_program_that_does_not_stay_up_and_one_with_bugs(tmp_path: Path) -> No
     except ValueError:
         telemetry.bug("the round failed")
     telemetry.stage("reading")
-    telemetry.leave_status()
     found = Reader(tmp_path).read()
+    telemetry.leave_status()
     assert names(found) == ["restart_loop", "bugs"]
     assert not found.is_healthy
     assert found.facts is None
     assert found.rounds == ()
+
+
+def test_a_program_that_never_got_anywhere_is_not_well(tmp_path: Path) -> None:
+    Store(tmp_path / "store.db").close()
+    telemetry.configure(level="CRITICAL")
+    telemetry.keep_status(tmp_path / telemetry.STATUS, "validator")
+    try:
+        fresh = Reader(tmp_path).read()
+        assert names(fresh) == []
+        assert fresh.status is not None
+
+        def after(hours: float, **changes) -> list[str]:
+            began = replace(fresh.status, started=fresh.at - 3600 * hours, **changes)
+            return [a.name for a in alarms(replace(fresh, status=began)) if a.name != "disk_full"]
+
+        assert after(0.05) == []
+        assert after(0.2) == ["chain_old"]
+        assert after(0.2, stage="measuring") == [], "a warm start does not follow the chain yet"
+        assert after(0.2, head=9000, head_time=fresh.at) == []
+        assert after(72, head=9000, head_time=fresh.at) == ["no_round", "weights_old"]
+        assert after(0.2, head=9000, head_time=fresh.at, unpublished_since=fresh.at - 100) == []
+        assert after(0.3, head=9000, head_time=fresh.at, unpublished_since=fresh.at - 1000) == ["not_published"]
+    finally:
+        telemetry.leave_status()
+
+
+def test_a_program_that_ended_says_so_and_is_not_told_to_hang(tmp_path: Path) -> None:
+    state = watched(tmp_path)
+    with telling(state):
+        pass
+    found = Reader(tmp_path, rules=rules).read()
+    assert not found.is_live
+    assert [(a.name, a.level) for a in found.alarms if a.name != "disk_full"] == [("status_old", "warning")]
+    assert "ended 0 s ago, as it was asked to" in found.alarms[0].sentence or "ended 1 s ago" in found.alarms[0].sentence
+    telemetry.keep_status(tmp_path / telemetry.STATUS, "validator")
+    telemetry.leave_status("no wallet")
+    (broken,) = [a for a in Reader(tmp_path, rules=rules).read().alarms if a.name == "status_old"]
+    assert (broken.level, "no wallet" in broken.sentence) == ("critical", True)
+
+
+def test_of_a_program_that_ended_nobody_says_that_its_chain_is_old(tmp_path: Path) -> None:
+    with telling(watched(tmp_path)):
+        pass
+    ended = Reader(tmp_path, rules=rules).read()
+    assert "chain_old" not in [a.name for a in alarms(replace(ended, at=ended.at + 3600))]
+
+
+def test_a_status_from_the_future_is_of_nobody_who_lives(tmp_path: Path) -> None:
+    with telling(watched(tmp_path)):
+        now = Reader(tmp_path).read()
+    assert now.status is not None
+    later = replace(now, status=replace(now.status, updated=now.at + 86_400))
+    assert not later.is_live
+    assert alarms(later)[0].name == "status_old"
+
+
+def test_a_record_that_this_version_cannot_compute_again_is_an_alarm_and_the_rest_is_shown(tmp_path: Path) -> None:
+    state = watched(tmp_path)
+    for path in sorted((tmp_path / "records").iterdir())[1:3]:
+        data = json.loads(path.read_text())
+        data["competitions"]["c00"]["parameters"]["retired"] = 3
+        path.unlink()
+        text = json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+        digest = hashlib.sha256(text).hexdigest()[:16]
+        path.with_name(f"{data['head']['block']}-{digest}.json").write_bytes(text)
+    found = Reader(tmp_path).read()
+    (alarm,) = [a for a in found.alarms if a.name == "records"]
+    assert "retired" in alarm.sentence
+    assert "and 1 more" in alarm.sentence
+    assert [one.record for one in found.rounds] == [state.records[0], state.records[3]]
+    assert ALICE in whole(found)
+    json.dumps(everything(found), allow_nan=False)
+
+
+def test_a_row_of_the_store_that_is_none_is_an_alarm(tmp_path: Path) -> None:
+    watched(tmp_path)
+    with closing(sqlite3.connect(tmp_path / "store.db", isolation_level=None)) as db:
+        db.execute("update round set weights = '{' where weights is not null")
+    found = Reader(tmp_path).read()
+    assert "store" in names(found)
+    assert len(found.rounds) == 4
+
+
+def test_weights_that_the_chain_conceals_are_not_for_others(tmp_path: Path) -> None:
+    state = watched(tmp_path, rounds=2)
+    with closing(Store(tmp_path / "store.db")) as store:
+        assert Reader(tmp_path).read().revealed().withheld == 0, "set in the open"
+        store.keep_chain_seen(ChainSeen(state.head, time.time(), 12.0, 360, 1))
+        store.keep_publication(state.newest.head.block + 40, Weights(state.records[0].head.block, {EVE: 1.0}))
+        own = Reader(tmp_path).read()
+        shown = own.revealed()
+    assert own.facts is not None
+    assert own.facts.published[0].decided.by_hotkey == state.newest.weights[0].by_hotkey
+    assert [one.record for one in shown.rounds] == [state.records[0]]
+    assert (shown.withheld, shown.finished) == (1, own.finished)
+    said = whole(shown) + json.dumps(everything(shown)) + metrics.exposition(shown).decode()
+    assert "1 newer round will be shown" in said
+    assert own.rounds[-1].sha256 not in said
+    assert shown.facts is not None
+    assert shown.facts.published[0].decided.by_hotkey == {EVE: 1.0}
 
 
 def test_a_disk_that_is_nearly_full(tmp_path: Path) -> None:
@@ -104,7 +211,7 @@ def test_a_disk_that_is_nearly_full(tmp_path: Path) -> None:
         now = Reader(tmp_path).read()
 
     def level(free: float, size: float) -> list[str]:
-        return [a.level for a in alarms(replace(now, free_bytes=int(free), disk_bytes=int(size)), 3) if a.name == "disk_full"]
+        return [a.level for a in alarms(replace(now, free_bytes=int(free), disk_bytes=int(size))) if a.name == "disk_full"]
 
     assert level(0.9e9, 1e12) == ["critical"]
     assert level(LITTLE_FREE - 1, 1e12) == ["warning"]
@@ -125,7 +232,7 @@ def test_what_cannot_be_read_is_an_alarm_and_the_rest_is_shown(tmp_path: Path) -
         raise Rejected(Reason.COMPETITION_FILE, "no *.yaml", "at least one competition", "folder")
 
     found = Reader(tmp_path, rules=wrong).read()
-    assert set(names(found)) == {"status_old", "store", "records", "rules"}
+    assert sorted(names(found)) == ["records", "rules", "status_old", "store"], "each once"
     assert [one.record for one in found.rounds] == list(state.records[1:])
     assert all(alarm.advice and alarm.sentence for alarm in found.alarms)
 
@@ -156,20 +263,22 @@ def test_reading_disturbs_nobody(tmp_path: Path) -> None:
     state = watched(tmp_path)
 
     def kept() -> list[str]:
-        """Files, without those that SQLite makes beside its own while it is open."""
-        return sorted(p.name for p in tmp_path.rglob("*") if not p.name.startswith("store.db-"))
+        return sorted(p.name for p in tmp_path.rglob("*"))
 
+    before = kept()
+    assert Reader(tmp_path).read().facts is not None
+    assert kept() == before, "of a validator that is stopped"
     with telling(state):
         store = Store(tmp_path / "store.db")
         before = kept()
         found = Reader(tmp_path).read()
         store.open_round(FIRST + 100 * WINDOW, {})
         after = Reader(tmp_path).read()
+        assert kept() == before
         store.close()
     assert found.facts is not None
     assert after.facts is not None
     assert len(after.facts.open_rounds) == len(found.facts.open_rounds) + 1
-    assert kept() == before
 
 
 @pytest.mark.parametrize(

@@ -459,3 +459,9 @@ def test_a_swallowed_exception_is_found(handler, is_found):
     path, tree, _ = read("sn29/hub.py", f"try:\n    x()\n{handler}")
     assert bool(swallowed(path, tree)) == is_found
     assert swallowed(Path("neurons/validator.py"), tree) == []
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    """pytest imports them by that name: of two alike, one is not collected when both are in one process."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)

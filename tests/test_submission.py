@@ -307,7 +307,8 @@ def test_an_update_that_cannot_be_committed_stays_private_until_it_is(quick, mod
     for _ in range(30):  # the room of an epoch, in commitments
         write(quick, "ann", first.encode())
     update = model(seed=2)
-    with pytest.raises(Unavailable, match="SpaceLimitExceeded"):
+    why = "SpaceLimitExceeded|the chain does not show it"  # the latter where the answer came after our deadline
+    with pytest.raises(Unavailable, match=why):
         submitted(quick, "ann", update)
     assert not is_public(quick, "ann/model")
     quick.ledger.advance(100_001)

@@ -171,9 +171,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Unavailable for a disk that is full or fails.
     """
     check_free(folder)
-    part = folder.with_name(f".{folder.name}.part-{secrets.token_hex(4)}")
-    try:
-        part.mkdir(parents=True)
+    with scratch_beside(folder) as part:
         yield part
         _sync(part)
         try:
@@ -182,6 +180,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
             check_free(folder)
             raise
         _sync(folder.parent)
+
+
+@contextmanager
+def scratch_beside(folder: Path) -> Iterator[Path]:
+    """.NAME.part-XXXXXXXX beside it, made for this run alone, that goes when the block ends.
+
+    Raises Unavailable for a disk that is full or fails, also in the block.
+    """
+    part = folder.with_name(f".{folder.name}.part-{secrets.token_hex(4)}")
+    try:
+        part.mkdir(parents=True)
+        yield part
     except OSError as error:
         raise Unavailable(str(folder), f"the disk: {error.strerror or error}") from error
     finally:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sn29.lab.ablation import Spike
-    from sn29.lab.gates import Dead, Finding, Gate, Say, Scan
+    from sn29.lab.gates import Dead, Finding, Gate, Scan
     from sn29.lab.losses import Change
     from sn29.lab.recycling import Proof
-    from sn29.lab.weights import Card, Report
+    from sn29.lab.weights import Card
     from sn29.lab_settings import LabGatesSettings
     from sn29.models.config import ModelConfig
     from sn29.models.tokenizer import Tokenizer
@@ -156,6 +155,7 @@ def _scanned(settings: LabGatesSettings, folder: Path, config: ModelConfig, text
 
     from sn29.lab.ablation import Subject, pieces_of
     from sn29.lab.gates import Plan, scan
+    from sn29.lab_commands.inputs import stages
     from sn29.models import checkpoint
 
     model = checkpoint.load(folder, dtype=getattr(torch, settings.dtype), device=settings.device)
@@ -166,25 +166,8 @@ def _scanned(settings: LabGatesSettings, folder: Path, config: ModelConfig, text
     plan = Plan(
         top=settings.top, threshold=settings.threshold / 100, largest=settings.largest, tolerance=settings.tolerance / 100
     )
-    with _stages() as say:
+    with stages() as say:
         return scan(search, measured, plan, say)
-
-
-@contextmanager
-def _stages() -> Iterator[Say]:
-    """One bar on standard error, that says what is done now."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task("", total=None)
-
-        def say(what: str) -> Report:
-            shown.update(task, description=what, completed=0, total=None)
-            return lambda done, of: shown.update(task, completed=done, total=of)
-
-        yield say
 
 
 def _recycle(settings: LabGatesSettings, folder: Path, name: str, texts: Texts, found: Scan, command: str) -> Recycled:

@@ -216,20 +216,32 @@ def command_line(name: str, words: Sequence[str]) -> str:
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error while the block runs; report(done, of) moves it (of 0: not known).
+    """`stages` with one stage."""
+    with stages() as say:
+        yield say(what)
 
-    Where that is no terminal: a line at the start, and every half minute.
+
+@contextmanager
+def stages() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """One bar on standard error while the block runs: say(what begins) gives report(done, of), which moves it (of 0: not known).
+
+    Where that is no terminal: a line for each beginning, and every half minute.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     if not sys.stderr.isatty():
-        yield _lines(what)
+        yield _lines
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task(what, total=None)
-        yield lambda done, of: shown.update(task, completed=done, total=of or None)
+        task = shown.add_task("", total=None)
+
+        def say(what: str) -> Callable[[int, int], None]:
+            shown.update(task, description=what, completed=0, total=None)
+            return lambda done, of: shown.update(task, completed=done, total=of or None)
+
+        yield say
 
 
 def _lines(what: str) -> Callable[[int, int], None]:

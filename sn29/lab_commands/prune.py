@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
-import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,7 +115,7 @@ def prepared(settings: LabVocabPruneSettings, words: list[str]) -> Work:
     assert settings.out is not None
     folder, name = model_folder(settings.model, settings.hub_endpoint, settings.work_dir)
     weights, beside = open_weights(folder), Beside.read(folder)
-    check_room(settings.out, weights.num_bytes)
+    check_room(settings.out, weights.num_bytes * (1 if settings.reinvest == "nothing" else 2))  # the pruned one, and the grown
     vocabulary, tokenizer = Vocabulary.read(settings.tokenizer or folder / "tokenizer.json")
     if vocabulary.num_ids > (rows := weights.config.number("vocab_size")):
         raise Rejected(Reason.VOCABULARY, f"{rows} rows", f"at least the tokenizer's {vocabulary.num_ids}", name)
@@ -195,20 +192,6 @@ def _lines(path: Path | None) -> list[str]:
 # --- proving and writing ----------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, named as those of `new_folder`, that goes when the block ends. Raises Unavailable."""
-    folder = out.with_name(f".{out.name}.part-{secrets.token_hex(4)}")
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise Unavailable(str(out), f"the disk: {error.strerror}") from None
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 @dataclass(frozen=True)
 class Work:
     """All that a pruned model is made of."""
@@ -231,14 +214,14 @@ class Work:
 
     def write(self) -> Made:
         """Raises Rejected when a proof fails: then nothing is there."""
-        from sn29.lab.weights import save
+        from sn29.lab.weights import save, scratch_beside
         from sn29.lab_commands.inputs import progress
 
         out, grown = self.settings.out, self.grown
         assert out is not None
         tokens = self._tokens()
         made: list[Made] = []
-        with progress(f"writing and proving {out.name}") as report, _scratch(out) as scratch:
+        with progress(f"writing and proving {out.name}") as report, scratch_beside(out) as scratch:
 
             def proved(folder: Path) -> Card:
                 made.append(Made(self, self._losses(folder, tokens, report), None))

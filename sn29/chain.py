@@ -80,6 +80,12 @@ class _Before:
     at: Head
     nonce: int
     """The one that our next write must carry. The pool's own count is not asked: it would make room for two writes."""
+    final: int
+
+    def since(self, newest: int) -> int:
+        """Block after which a write sent now shows. Not `at`: that may be replaced, and the write may land in a block that
+        takes the place of an older one. newest: block of our last write of the kind at `at`."""
+        return max(self.final, newest)
 
 
 @dataclass(slots=True)
@@ -200,7 +206,8 @@ class Chain(ChainState):
                 standing = await self._commitment(before.at)
             if standing is not None and standing.data == data and not again:
                 return await self._read_back("commitment", landed, standing.block - 1, None, None)
-            return await self._write("commitment", before, lambda link: link.substrate.compose(call), landed)
+            since = before.since(standing.block if standing is not None else 0)
+            return await self._write("commitment", before.nonce, since, lambda link: link.substrate.compose(call), landed)
 
     async def set_weights(
         self,
@@ -251,7 +258,9 @@ class Chain(ChainState):
             values = conform(weights.by_hotkey, list(uids), params.min_weights, params.max_weight)
             if not values:
                 raise Rejected(Reason.NO_WEIGHTS, f"{len(weights.by_hotkey)} hotkeys", "at least one that is registered")
-            sent = _Sent({uids[hotkey]: value for hotkey, value in values.items()}, before.at.block, params.commit_reveal)
+            updated = await self._last_update(before.at, mechid)
+            since = before.since(updated)
+            sent = _Sent({uids[hotkey]: value for hotkey, value in values.items()}, since, params.commit_reveal)
             known = self._unknown.get(mechid)
             if told is not None:
                 sent = sent.and_before(told)
@@ -260,32 +269,25 @@ class Chain(ChainState):
             taken = await self._weights_landed(sent, params, mechid)(before.at, sent.since) if told or known else None
             if taken is None or not (taken.verified_by_readback or (sent.forgotten and taken.digest)):
                 taken = None
-                await self._check_rate_limit(await self._last_update(before.at, mechid), before.at.block, params)
+                await self._check_rate_limit(updated, before.at.block, params)
         landed = self._weights_landed(sent, params, mechid)
         if taken is not None:
             receipt = await self._read_back("weights", landed, sent.since, None, None)
         else:
-            receipt = await self._send(sent, before, landed, version_key, mechid, sending)
+            call = self._weights_call(sent, version_key, mechid, sending)
+            receipt = await self._send(sent, mechid, lambda: self._write("weights", before.nonce, since, call, landed))
         if sent.forgotten and receipt.digest and receipt.digest not in sent.digests:
             why = f"a commit of block {receipt.block} waits for its reveal, and nobody knows whether it is of this row"
             raise Unavailable("weights", why)
         self._unknown.pop(mechid, None)
         return receipt
 
-    async def _send(
-        self,
-        sent: _Sent,
-        before: _Before,
-        landed: Callable[[Head, int], Awaitable[Receipt | None]],
-        version_key: int,
-        mechid: int,
-        sending: Callable[[str], None] | None,
-    ) -> Receipt:
+    async def _send(self, sent: _Sent, mechid: int, write: Callable[[], Awaitable[Receipt]]) -> Receipt:
         """Sends a set of weights, remembered until it is known what became of it."""
         overtaken = self._unknown.get(mechid)
         self._unknown[mechid] = sent
         try:
-            return await self._write("weights", before, self._weights_call(sent, version_key, mechid, sending), landed)
+            return await write()
         except (Rejected, Unavailable) as error:
             if isinstance(error, Rejected):
                 del self._unknown[mechid]
@@ -384,9 +386,10 @@ class Chain(ChainState):
                 yield  # closing the file gives the lock back, and so does the end of the process
 
     async def _before(self) -> _Before:
-        """The newest block, with our nonce there. Raises Rejected(NOT_REGISTERED)."""
+        """The newest block, with our nonce there, and the newest final one. Raises Rejected(NOT_REGISTERED)."""
 
         async def question(link: Link) -> _Before:
+            final = await self._endpoints.final(link)
             at = await self._existing(link, None)
             account, uid = await asyncio.gather(
                 link.query(bt.storage.System.Account, [self.hotkey], at.hash),
@@ -394,21 +397,22 @@ class Chain(ChainState):
             )
             if uid is None:
                 raise Rejected(Reason.NOT_REGISTERED, self.hotkey, f"a hotkey of subnet {self.netuid}")
-            return _Before(at, int(account["nonce"]))
+            return _Before(at, int(account["nonce"]), final.block)
 
         return await self._ask("state before a write", question)
 
     async def _write(
         self,
         what: str,
-        before: _Before,
+        nonce: int,
+        since: int,
         build: Callable[[Link], Awaitable[Any]],
         landed: Callable[[Head, int], Awaitable[Receipt | None]],
     ) -> Receipt:
         """Sends once, then looks at the finalized chain until the deadline, unless it was certainly refused.
 
-        build: gives the composed call. landed: given a finalized block and the block before sending, the receipt if the
-        chain shows a later write of ours.
+        build: gives the composed call. landed: given a finalized block and `since`, the receipt if the chain shows a later
+        write of ours.
         """
         under_way = False
 
@@ -420,7 +424,7 @@ class Chain(ChainState):
             return await link.substrate.submit(
                 call,
                 self._wallet.hotkey,
-                nonce=before.nonce,
+                nonce=nonce,
                 period=_ERA_BLOCKS,
                 wait_for_inclusion=True,
                 wait_for_finalization=False,
@@ -440,7 +444,7 @@ class Chain(ChainState):
             await self._endpoints.renew()
         if problem is not None and (not under_way or (included is None and _is_certain(problem))):
             raise self._not_taken(what, problem) from problem
-        return await self._read_back(what, landed, before.at.block, included, problem)
+        return await self._read_back(what, landed, since, included, problem)
 
     async def _read_back(
         self,

@@ -561,20 +561,45 @@ def test_a_write_in_a_replaced_block_is_not_called_done(make_net: MakeNet) -> No
     run(net.chain(two, deadline_s=5), story)
 
 
+def write_of(chain: Chain, what: str, miner: str) -> Awaitable[Any]:
+    return chain.commit(b"done") if what == "commitment" else chain.set_weights(Weights(1, {miner: 1.0}))
+
+
+@pytest.mark.parametrize("what", ["commitment", "weights"])
+def test_a_write_may_end_in_an_older_block_than_it_was_decided_at(make_net: MakeNet, what: str) -> None:
+    """A branch that takes the place of ours may have it in a block whose number was not new to us any more."""
+    net = make_net(finality_lag=12, weights_rate_limit=0, block_seconds=1)
+    wallet = net.wallet("validator", permit=True)
+    miner = net.wallet("miner").hotkey.ss58_address
+    net.ledger.advance(100)
+
+    async def story(chain: Chain) -> None:
+        decided = net.ledger.head()
+        writing = asyncio.ensure_future(write_of(chain, what, miner))
+        while not calls_of(net, wallet) and not writing.done():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(1.5)  # the block is closed
+        node_of(net).reorg(net.ledger.head() - decided + 4, again=True)
+        net.ledger.advance(13)
+        receipt = await writing
+        assert receipt.verified_by_readback
+        assert receipt.block < decided
+        assert len(calls_of(net, wallet)) == 1
+
+    run(net.chain(wallet, deadline_s=60), story)
+
+
 def test_a_write_that_failed_in_a_replaced_block_may_succeed_in_another(make_net: MakeNet) -> None:
-    net = make_net(finality_lag=9, weights_rate_limit=0, block_seconds=0.25)
+    net = make_net(finality_lag=12, weights_rate_limit=0, block_seconds=1)
     one, two = (net.wallet(name, permit=True) for name in ("one", "two"))
     miner = net.wallet("miner").hotkey.ss58_address
     net.ledger.advance(50)
 
-    def revoke_permits() -> int:
-        """The block before the one from which on nobody may set weights."""
-        for wallet in (one, two):
-            net.ledger.register(wallet.hotkey.ss58_address, wallet.coldkeypub.ss58_address, stake=1, permit=False)
-        return net.ledger.advance(2) - 2
-
     async def story(chain: Chain) -> None:
-        before = revoke_permits()
+        before = net.ledger.head() - 2
+        for wallet in (one, two):  # from now on nobody may set weights
+            net.ledger.register(wallet.hotkey.ss58_address, wallet.coldkeypub.ss58_address, stake=1, permit=False)
+        net.ledger.advance(2)
         async with naive(net) as client:
             call = bt.calls.SubtensorModule.set_mechanism_weights(netuid=NETUID, mecid=0, dests=[2], weights=[1], version_key=0)
             result = await client.submit_call(call, one, signer="hotkey", wait_for_finalization=False)
@@ -583,13 +608,16 @@ def test_a_write_that_failed_in_a_replaced_block_may_succeed_in_another(make_net
         while not calls_of(net, two) and not writing.done():
             await asyncio.sleep(0.01)
         assert calls_of(net, two)[0].error == "NeuronNoValidatorPermit"
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(1.5)  # the block is closed: it knows of the failure
         assert not writing.done()
         node_of(net).reorg(net.ledger.head() - before)
+        while not (sets_of(net, one) and sets_of(net, two)) and not writing.done():
+            await asyncio.sleep(0.01)
+        net.ledger.advance(13)
         assert (await writing).verified_by_readback
         assert len(sets_of(net, one)) == len(sets_of(net, two)) == 1  # what the SDK was told is not so
 
-    run(net.chain(two, deadline_s=5), story)
+    run(net.chain(two, deadline_s=60), story)
 
 
 def test_a_signature_for_an_old_block_is_made_anew(make_net: MakeNet) -> None:

@@ -305,10 +305,11 @@ class Ledger:
             self._db.execute("UPDATE chain SET value = value + ? WHERE name = 'offset'", (blocks,))
             return self._tick()
 
-    def fork(self, depth: int) -> tuple[Included, ...]:
+    def fork(self, depth: int, *, again: bool = False) -> tuple[Included, ...]:
         """Replaces the newest `depth` blocks by empty ones: the head keeps its number, and their hashes change.
 
         What was written in them is undone, nonces and settings included, and so is what waits for the next block.
+        again: the first of the new blocks has all of the undone calls, so that they stand in an older one than before.
         Returns the calls that were undone, oldest first. Raises Rejected(SETTING) for a block that is final.
         """
         if not 0 < depth <= self.finality_lag:
@@ -319,6 +320,8 @@ class Ledger:
             for table in ("storage", "extrinsic"):
                 self._db.execute(f"DELETE FROM {table} WHERE block >= ?", (first,))
             self._db.execute("INSERT INTO fork VALUES (?)", (first,))
+            for one in undone if again else ():
+                self._execute(self._at(first), one.call, one.signer, one.nonce, "")
             self._set_fact("settled", first - 1)
             self._tick()
         return undone
@@ -401,22 +404,24 @@ class Ledger:
         return self._include(call, signer, nonce, "")
 
     def _include(self, call: Call, signer: str, nonce: int, signature: str) -> Inclusion:
-        rule = _rule(call.module, call.function)
         with self._lock():
-            state = self._next_block()
-            account = state.get("System.Account", signer)
-            if nonce != account["nonce"]:
-                raise InvalidTransaction("Stale" if nonce < account["nonce"] else "Future")
-            state.put("System.Account", (signer,), account | {"nonce": nonce + 1})
-            error = None
-            try:
-                rule(state, signer, **call.params)
-            except DispatchError as refusal:
-                error = str(refusal)
-            # Position 0 is the block's own timestamp, as on the chain.
-            position = 1 + self._db.execute("SELECT count(*) FROM extrinsic WHERE block = ?", (state.block,)).fetchone()[0]
-            row = (state.block, position, signer, nonce, call.data.decode(), signature, error)
-            self._db.execute("INSERT INTO extrinsic VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            return self._execute(self._next_block(), call, signer, nonce, signature)
+
+    def _execute(self, state: _Rows, call: Call, signer: str, nonce: int, signature: str) -> Inclusion:
+        rule = _rule(call.module, call.function)
+        account = state.get("System.Account", signer)
+        if nonce != account["nonce"]:
+            raise InvalidTransaction("Stale" if nonce < account["nonce"] else "Future")
+        state.put("System.Account", (signer,), account | {"nonce": nonce + 1})
+        error = None
+        try:
+            rule(state, signer, **call.params)
+        except DispatchError as refusal:
+            error = str(refusal)
+        # Position 0 is the block's own timestamp, as on the chain.
+        position = 1 + self._db.execute("SELECT count(*) FROM extrinsic WHERE block = ?", (state.block,)).fetchone()[0]
+        row = (state.block, position, signer, nonce, call.data.decode(), signature, error)
+        self._db.execute("INSERT INTO extrinsic VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         return Inclusion(state.block, position, error)
 
     def extrinsics(self, block: int) -> tuple[Included, ...]:

@@ -105,9 +105,10 @@ class LoopbackNode:
         """Ends and comes back on the same port after `down_s` seconds, with an empty pool."""
         self._do(self._restart(down_s))
 
-    def reorg(self, depth: int, *, readmit: bool = True) -> None:
-        """Replaces the newest `depth` blocks. readmit: their extrinsics go back to the pool, and into the next block."""
-        self._do(self._reorg(depth, readmit))
+    def reorg(self, depth: int, *, readmit: bool = True, again: bool = False) -> None:
+        """Replaces the newest `depth` blocks. readmit: their extrinsics go back to the pool, and into the next block. again:
+        the first of the new blocks has them."""
+        self._do(self._reorg(depth, readmit, again))
 
     def _do(self, work: Any) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=60)
@@ -131,8 +132,8 @@ class LoopbackNode:
         await asyncio.sleep(down_s)
         await self._refuse(False, False)
 
-    async def _reorg(self, depth: int, readmit: bool) -> None:
-        self._pool.reorg(depth, readmit=readmit)
+    async def _reorg(self, depth: int, readmit: bool, again: bool) -> None:
+        self._pool.reorg(depth, readmit=readmit, again=again)
 
     # The server
 
@@ -310,7 +311,7 @@ class LoopbackNode:
             "drop": lambda: self._cut_all(),
             "refuse": lambda: self._refuse(bool(value), False),
             "restart": lambda: self._restart(float(value or 0)),
-            "reorg": lambda: self._reorg(int(value), True),
+            "reorg": lambda: self._reorg(int(value), True, False),
         }
         if name in actions:
             self._loop.call_later(0.01, lambda: self._loop.create_task(actions[name]()))

@@ -181,21 +181,24 @@ class Pool:
             with contextlib.suppress(RpcError):  # used up just now by somebody else: the next tick drops it
                 self._include(entry)
 
-    def reorg(self, depth: int, *, readmit: bool) -> None:
-        """Replaces the newest blocks; what they had is retracted, and taken again by the next block if `readmit`."""
-        self._ledger.fork(depth)
+    def reorg(self, depth: int, *, readmit: bool, again: bool) -> None:
+        """Replaces the newest blocks; what they had is retracted, and taken again by the next block if `readmit`, or by the
+        first of the new ones if `again`."""
+        self._ledger.fork(depth, again=again)
         head = self._ledger.head()
         for entry in list(self._entries.values()):
-            if entry.block is not None and entry.block > head - depth and not self._stands(entry):
+            block = self._block_of(entry, max(1, head - depth))
+            if entry.block is not None and entry.block > head - depth and (again or block is None):
                 entry.tell({"retracted": self._ledger.hash_of(min(entry.block, head))})
-                entry.block, entry.told, entry.due = None, False, 0
-                if not readmit:
+                entry.block, entry.told, entry.due = block, False, 0
+                if block is None and not readmit:
                     del self._entries[entry.extrinsic.hash]
 
-    def _stands(self, entry: Entry) -> bool:
-        assert entry.block is not None
+    def _block_of(self, entry: Entry, first: int) -> int | None:
+        """The block that has it, from `first` to the next one."""
         wanted = (entry.extrinsic.signer, entry.extrinsic.nonce)
-        return wanted in [(included.signer, included.nonce) for included in self._ledger.extrinsics(entry.block)]
+        blocks = range(first, self._ledger.head() + 2)
+        return next((b for b in blocks if wanted in [(one.signer, one.nonce) for one in self._ledger.extrinsics(b)]), None)
 
     def forget(self) -> None:
         """What a node loses when it ends: everything that no block has, and all watchers."""

@@ -456,5 +456,6 @@ def test_a_miner_ends_in_time_and_goes_on_from_its_checkpoint(subnet, tmp_path: 
 
 
 def steps(folder: Path) -> int:
-    found = list((folder / "work").glob("**/curve.jsonl"))
+    """Of all curves; os.walk, because folders come and go below it."""
+    found = [Path(at) / "curve.jsonl" for at, _, names in os.walk(folder / "work") if "curve.jsonl" in names]
     return sum(len(path.read_text().splitlines()) for path in found)

@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from sn29 import explain
+from sn29.changeover import differences
 from sn29.errors import Sn29Error
 from sn29.records import Outcome
 from sn29.replay import contest_of
@@ -123,7 +125,8 @@ def now(s: Snapshot, cast: Cast, links: Links) -> str:
     sections = {
         "runs": _who_runs(s), "alarms": _alarms(s.alarms, watched=s.folder is not None), "work": _work(s, cast),
         "tiles": _now_tiles(s), "crowns": _crowns(s, cast, links), "rounds": _round_list(s, cast, links),
-        "weights": _weights_on_chain(s, cast, links), "warnings": _warnings(s, cast, links), "counters": _counters(s),
+        "weights": _weights_on_chain(s, cast, links), "judged": _judged_by(s),
+        "warnings": _warnings(s, cast, links), "counters": _counters(s),
     }  # fmt: skip
     spoken = {"alarms": ' role="status"'}
     parts = (f'<div data-live="{name}"{spoken.get(name, "")}>{part}</div>' for name, part in sections.items())
@@ -297,6 +300,32 @@ def _two_weights(
 
 def _weight(weight: float) -> str:
     return f'<td class="n">{weight:.4f}</td>' if weight else '<td class="n none">0</td>'
+
+
+def _judged_by(s: Snapshot) -> str:
+    """By which software and files, from which block on; and whose losses were taken over."""
+    if s.facts is None or not s.facts.rules:
+        return ""
+    first, *later = s.facts.rules
+    rows = [(first.since, [f"{name} {version}" for name, version in sorted(first.software.items())])]
+    rows += [(new.since, differences(old, new)) for old, new in zip(s.facts.rules, later, strict=False)]
+    versions = markup.table(
+        "Versions that decide losses and weights; a change takes effect with the first window after it",
+        markup.header("From block", "What"),
+        [markup.row(_since(s, block), f"<td>{text(', '.join(what))}</td>") for block, what in rows],
+    )
+    taken = []
+    for one in s.facts.imports:
+        counts = f'<td class="n">{one.cells:,}</td><td class="n">{one.checked:,}</td>'
+        taken.append(markup.row(f"{one.block:,}", f"<td>{text(Path(one.source).name)}</td>{counts}<td>{when(one.at)}</td>"))
+    head = markup.header("Round of block", "Record", "#Losses", "#Measured here too", "When")
+    imports = markup.table("Losses taken over from other validators' records (warm start)", head, taken) if taken else ""
+    return f"<details><summary>What rounds are judged by</summary>{versions}{imports}</details>"
+
+
+def _since(s: Snapshot, block: int) -> str:
+    coming = s.block is not None and block > s.block
+    return f"{block:,}{f' ({_in(s, block)})' if coming else ''}" if block else "the start"
 
 
 def _warnings(s: Snapshot, cast: Cast, links: Links) -> str:

@@ -13,6 +13,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -255,6 +256,8 @@ def status_json(s: Snapshot) -> Mapping[str, Any]:
             {"block": one.block, "finished": one.written, "file": one.path.name, "sha256": one.sha256} for one in s.rounds
         ],
         "competitions": list(s.competitions),
+        "judged_by": [{"from_block": r.since, "software": dict(r.software)} for r in s.facts.rules] if s.facts else [],
+        "imports": [asdict(one) | {"source": Path(one.source).name} for one in s.facts.imports] if s.facts else [],
         "disk": {"free_bytes": s.free_bytes, "size_bytes": s.disk_bytes} if s.disk_bytes else None,
     }
 

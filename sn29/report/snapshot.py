@@ -25,7 +25,7 @@ from sn29.records import Outcome, Weights
 from sn29.replay import recompute
 from sn29.round_record import RoundRecord
 from sn29.rules.schedule import CompetitionFile
-from sn29.store import ChainSeen, Sent, reading
+from sn29.store import ChainSeen, Imported, RulesKept, Sent, reading
 from sn29.telemetry import STATUS, STOPPED, Status, Warned
 
 BLOCK_SECONDS = 12.0
@@ -120,6 +120,10 @@ class Facts:
     first_decided: int | None
     published: Mapping[int, Published]
     """By mechanism."""
+    rules: tuple[RulesKept, ...] = ()
+    """What rounds were, are and will be judged by, by block."""
+    imports: tuple[Imported, ...] = ()
+    """Losses that a warm start took over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +297,7 @@ class Reader:
                         m: Published(w, store.last_publication(m), store.sent(m), store.count_publications(m))
                         for m, w in decided.items()
                     },
+                    store.rules_kept(), tuple(store.imports().values()),
                 )  # fmt: skip
         except (Sn29Error, OSError, ValueError, TypeError, AttributeError) as error:  # of rows that are no JSON, or another one
             advice = (

@@ -20,6 +20,7 @@ from sn29.report.site import Site, answer_json, everything, link, parsed, whole
 from sn29.report.snapshot import Reader, Snapshot
 from sn29.round_record import decode
 from sn29.rules.schedule import CompetitionFile, parse_file
+from sn29.store import Imported, RulesKept
 
 CHANGES = f"""
 grace_blocks: 50400
@@ -311,3 +312,23 @@ def test_colours_and_names_of_strangers_do_not_collide(snapshot: Snapshot) -> No
     assert cast.colours[EVE] == cast.colours[ZED]
     assert len(set(cast.labels.values())) == len(cast.labels)
     assert HOSTILE not in cast.html(ZED)
+
+
+def test_a_coming_change_of_the_software_and_losses_of_others_are_told(site: Site, snapshot: Snapshot) -> None:
+    assert snapshot.facts is not None
+    assert snapshot.block is not None
+    coming = snapshot.block + 100
+    kept = (
+        RulesKept(0, {"c00.yaml": "a"}, {"rules": "1", "torch": "2.9"}),
+        RulesKept(coming, {"c00.yaml": "a"}, {"rules": "2", "torch": "2.9"}),
+    )
+    took = Imported("/home/somebody/<b>7200.json", "ab" * 32, 7200, 1.7e9, 12_345, 200)
+    changed = replace(snapshot, facts=replace(snapshot.facts, rules=kept, imports=(took,)))
+    said = read(site, changed, "/").text()
+    for words in ("rules 1, torch 2.9", f"{coming:,} (in ", "rules 1 -> 2", "12,345", "<b>7200.json"):
+        assert words in said, words
+    assert "somebody" not in said, "where files lie on our machine is nobody's business"
+    found = json.loads(json.dumps(answer_json(changed, "/status")))
+    assert [one["from_block"] for one in found["judged_by"]] == [0, coming]
+    assert found["imports"][0]["cells"] == 12_345
+    assert "What rounds are judged by" not in read(site, replace(snapshot, facts=replace(snapshot.facts, rules=())), "/").text()

@@ -21,11 +21,16 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
+INSTALLING = @echo "Installing sn29 and its libraries into $(VENV): 1.5 GB with the CPU build of torch, several times that with the CUDA build." && \
+	echo "It takes two minutes or more, as the line to the package registry is; pip says nothing meanwhile."
+
 $(VENV)/.sn29: pyproject.toml | $(BIN)/python
+	$(INSTALLING)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
 $(VENV)/.sn29-dev: pyproject.toml | $(BIN)/python
+	$(INSTALLING)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.sn29
 

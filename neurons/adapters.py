@@ -73,7 +73,10 @@ def _substrate(settings: NeuronSettings) -> Any:
 
     path = settings.localnet_dir / "chain.db"
     if not path.exists():
-        raise Rejected(Reason.SETTING, f"no localnet in {settings.localnet_dir}", "run `sn29 localnet up` first", "--network")
+        how = "run `sn29 localnet up` first, or name its folder: --localnet.dir"
+        raise Rejected(
+            Reason.SETTING, f"no localnet in {settings.localnet_dir}", "one that was prepared", "--network", advice=how
+        )
     return LedgerSubstrate(path)
 
 
@@ -93,6 +96,11 @@ class RuleFiles:
     """File name -> text of each, and of the hall of fame."""
 
 
+_NAME_A_FOLDER = (
+    "go to the folder of the clone, or name the folder of the files: --competitions.dir DIR, `sn29 competitions check DIR`"
+)
+
+
 def read_texts(folder: Path) -> dict[str, str]:
     """File name -> text of every competition file in a folder, and of the hall of fame. Raises Rejected(COMPETITION_FILE)."""
     texts = {}
@@ -104,7 +112,7 @@ def read_texts(folder: Path) -> dict[str, str]:
         except (OSError, UnicodeDecodeError) as error:
             raise Rejected(Reason.COMPETITION_FILE, error, "a text file in UTF-8", path.name) from None
     if not texts:
-        raise Rejected(Reason.COMPETITION_FILE, "no *.yaml", "at least one competition", str(folder))
+        raise Rejected(Reason.COMPETITION_FILE, "no *.yaml", "at least one competition", str(folder), advice=_NAME_A_FOLDER)
     return texts
 
 
@@ -222,7 +230,8 @@ class RulesReader:
         for name, file in read.files.items():
             if self._settings.network not in PRIVATE_NETWORKS and file.unpinned:
                 got, rule = f"{', '.join(file.unpinned)} without a pin", f"a pin for network {self._settings.network}"
-                raise Rejected(Reason.COMPETITION_FILE, got, rule, f"{name}.yaml")
+                how = "write the pins into the file with `sn29 competitions pin FILE`"
+                raise Rejected(Reason.COMPETITION_FILE, got, rule, f"{name}.yaml", advice=how)
         return read
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -33,6 +34,8 @@ _CLOSING_S = 1.0
 """Before that, for children to end and files to be closed, once what is in hand has had its time."""
 _SAME_S = 0.5
 """A second signal so soon is the first one again: `timeout` and systemd send theirs to a process and to its group."""
+_SAY_S = 0.3
+"""So long a line about a signal is waited for: where nobody reads standard error, whoever writes to it waits for ever."""
 _LISTEN_S = 0.5
 """Pause after which the handlers are set again: Ray, when it is started, puts one in their place that aborts the process 3 s
 after a SIGTERM, whatever it is doing then."""
@@ -67,6 +70,14 @@ class Stop:
         """Returns when the program has ended, by itself or by a signal. Raises what it raises, unless a signal came first."""
         with self._ears():
             asyncio.run(self._watch(program))
+
+    def leave(self) -> None:
+        """Ends the process if a signal asked for it: with torch in it the interpreter takes seconds to close, for nothing."""
+        if self.is_asked():
+            with suppress(OSError, ValueError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            self._end()
 
     async def _watch(self, program: Callable[[Stop], Coroutine[Any, Any, None]]) -> None:
         threads = ThreadPoolExecutor(thread_name_prefix=_THREADS)
@@ -134,7 +145,7 @@ class Stop:
         now = time.monotonic()
         if self._asked_at is not None:
             if now - self._asked_at > _SAME_S:
-                os.write(2, f"sn29 {self._program}: a second signal: ended at once\n".encode())
+                _say(os.write, 2, f"sn29 {self._program}: a second signal: ended at once\n".encode())
                 os._exit(128 + number)
             return
         self._asked_at = now
@@ -143,7 +154,8 @@ class Stop:
             timer = threading.Timer(seconds, end)
             timer.daemon = True
             timer.start()
-        telemetry.tell("stopping", f"a signal asked for it: it ends within {self._within_s:g} s, a second signal ends it at once")
+        what = f"a signal asked for it: it ends within {self._within_s:g} s, a second signal ends it at once"
+        _say(telemetry.tell, "stopping", what)
         with suppress(RuntimeError):  # its loop has ended meanwhile
             self._cancel()
 
@@ -151,7 +163,15 @@ class Stop:
         """In a thread of its own: the main one is busy with what does not end."""
         what = f"not ended after {self._within_s - LAST_S:g} s: left as a kill would leave it, nothing is half written"
         telemetry.warn("stopped", f"{what}; start again to go on")
+        telemetry.leave_status()
         self._end()
 
     def _end(self) -> None:
         os._exit(0)
+
+
+def _say(say: Callable[..., object], *words: object) -> None:
+    """In a thread of its own, and not waited for longer than _SAY_S."""
+    saying = threading.Thread(target=say, args=words, daemon=True)
+    saying.start()
+    saying.join(_SAY_S)

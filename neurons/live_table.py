@@ -6,6 +6,7 @@ cursor is never hidden and no other screen is opened, so that whatever ends the 
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from sn29 import telemetry
 from sn29.concealment import clean
 from sn29.errors import Sn29Error
 from sn29.store import reading
-from sn29.telemetry import STAGES, STATUS, Event, Status, Warned
+from sn29.telemetry import STAGES, STATUS, STOPPED, Event, Status, Warned
 
 _READ_S = 30.0
 """Between two looks into the store."""
@@ -84,8 +85,10 @@ class Board:
             self._read_at = time.monotonic()
             with suppress(Sn29Error), reading(self.folder / "store.db") as store:
                 self.last_set = _last_set(store.last_publication(), status)
-        if status is None:
+        if status is None or status.pid != os.getpid():  # of the process before us
             return Text("starting", style="dim")
+        if status.stage == STOPPED:
+            return Text("stopped", style="dim")
         warnings = status.warnings[-3:]
         with self._lock:
             places = sorted(self.places.items(), key=lambda item: -float(item[1].weight or -1))
@@ -98,7 +101,10 @@ class Board:
             lines.add_row(_warning(warned))
         return lines
 
-    def _table(self, places: list[tuple[str, _Place]], rows: int) -> Table:
+    def _table(self, places: list[tuple[str, _Place]], rows: int) -> RenderableType:
+        if not places:
+            hint = "no model was looked at yet: a round shows those that were committed to on chain before its block"
+            return Text(f"\n{hint}\n", style="dim")
         table = Table(box=SIMPLE_HEAD, expand=True, show_edge=False)
         table.add_column("hotkey", no_wrap=True, width=14)
         table.add_column("for", no_wrap=True)

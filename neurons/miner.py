@@ -58,11 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
         conceal(settings.hub_token, "(--hub.token)")
         if settings.publish_now:
             return _ask_to_publish(settings)
-        Stop("miner", settings.stop_within_s).run(lambda stop: run(settings, stop))
+        stop = Stop("miner", settings.stop_within_s)
+        stop.run(lambda stop: run(settings, stop))
+        stop.leave()
     except Sn29Error as error:
         print(f"sn29 miner: {clean(error)}", file=sys.stderr)
         if isinstance(error, Rejected):
-            print(f"  what to do: {error.reason.advice}", file=sys.stderr)
+            print(f"  what to do: {clean(error.advice)}", file=sys.stderr)
         return error.exit_status
     return 0
 

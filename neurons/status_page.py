@@ -12,12 +12,13 @@ import os
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from sn29 import telemetry
 from sn29.concealment import without_secrets
+from sn29.errors import Reason, Rejected
 from sn29.settings import NeuronSettings, ValidatorSettings
 
 BEAT_S = 5.0
@@ -46,7 +47,9 @@ async def beside(settings: NeuronSettings, program: str, folder: Path) -> AsyncI
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         error = sys.exc_info()[1]
-        telemetry.leave_status("" if error is None or isinstance(error, asyncio.CancelledError) else str(error) or repr(error))
+        why = "" if error is None or isinstance(error, asyncio.CancelledError) else str(error) or repr(error)
+        settled = isinstance(error, Rejected) and error.reason in (Reason.SETTING, Reason.COMPETITION_FILE)
+        telemetry.leave_status(why, settled=settled)
 
 
 async def _beat() -> None:
@@ -56,7 +59,7 @@ async def _beat() -> None:
 
 
 async def _serve(settings: NeuronSettings, folder: Path) -> None:
-    """Keeps the page's process alive."""
+    """Keeps the page's process alive. Why there is no page is said once, until there is one again."""
     host = f"[{settings.status_host}]" if ":" in settings.status_host else settings.status_host
     where, pause_s = f"{host}:{settings.status_port}", _FIRST_PAUSE_S
     git = without_secrets(settings.competitions_git)  # the commit is in the cache: it is not fetched again
@@ -67,37 +70,50 @@ async def _serve(settings: NeuronSettings, folder: Path) -> None:
     ]  # fmt: skip
     if isinstance(settings, ValidatorSettings):
         command += ["--weights.alarm-epochs", str(settings.weights_alarm_epochs)]
-    telemetry.tell("status_page", f"status page, metrics and health check on http://{where}/")
+    told = ""
+
+    def is_up() -> None:
+        nonlocal told
+        told = ""
+        telemetry.tell("status_page", f"status page, metrics and health check on http://{where}/")
+
     while True:
         began = asyncio.get_running_loop().time()
-        said = await _until_it_ends(command, folder)
+        said = (await _until_it_ends(command, folder, is_up)).removeprefix(f"{where}: ")
         if asyncio.get_running_loop().time() - began > _LIVED_S:
             pause_s = _FIRST_PAUSE_S
-        telemetry.warn("status_page", f"the page on {where} ended, {said or 'without a word'}; started again in {pause_s:g} s")
+        if said != told:
+            told = said
+            telemetry.warn("status_page", f"no page on http://{where}/: {said}; all else goes on, and the page is tried again")
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
-async def _until_it_ends(command: list[str], folder: Path) -> str:
-    """Its last lines on standard error, and its exit status. Whoever cancels this ends the process too."""
+async def _until_it_ends(command: list[str], folder: Path, is_up: Callable[[], None]) -> str:
+    """Why: its last lines on standard error, or its exit status. Calls `is_up` when it serves. Whoever cancels this ends the
+    process too."""
     here = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {name: os.environ[name] for name in _KEPT if name in os.environ} | {"PYTHONPATH": here}
     try:
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE, env=environment, start_new_session=True,
+            *command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, env=environment, start_new_session=True,
             cwd=folder,  # where no .env and no sn29.yaml is
         )  # fmt: skip
     except OSError as error:
         return str(error)
     try:
         last: deque[str] = deque(maxlen=2)  # what is wrong, and what to do
+        assert process.stdout is not None
         assert process.stderr is not None
+        if await _line(process.stdout):  # its one line: that it is up
+            is_up()
         while line := await _line(process.stderr):
             last.append(line.strip())
         status = await process.wait()
     finally:
         await _end(process)
-    return f"{'; '.join(last)[-300:]} (exit status {status})".strip()
+    why = "; ".join(last)[-300:].removeprefix("sn29 report: ").replace("--serve", "--status.port")  # the flag that is given here
+    return why or f"it ended without a word (exit status {status})"
 
 
 async def _line(stream: asyncio.StreamReader) -> str:
@@ -109,11 +125,8 @@ async def _line(stream: asyncio.StreamReader) -> str:
 
 
 async def _end(process: Process) -> None:
+    """It only reads, so that nothing is lost by a kill, and it is not waited for while it closes its libraries."""
     if process.returncode is None:
         with suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), 2)
-        except (TimeoutError, asyncio.CancelledError):
-            with suppress(ProcessLookupError):
-                process.kill()
+            process.kill()
+        await process.wait()

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sn29.examination import Machine, Ports
     from sn29.hub import Hub
     from sn29.publication import Publisher, Step
+    from sn29.step_log import HeldSteps
     from sn29.store import Store
 
 
@@ -45,10 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
             as_json=settings.log_json, level=settings.log_level, file=settings.log_file, file_mb=settings.log_file_mb,
             keep=settings.log_keep,
         )  # fmt: skip
+        stop = Stop("validator", settings.stop_within_s)
         with _table(settings):
-            Stop("validator", settings.stop_within_s).run(lambda stop: run(settings, stop))
+            stop.run(lambda stop: run(settings, stop))
+        stop.leave()
     except Sn29Error as error:
         print(f"sn29 validator: {clean(error)}", file=sys.stderr)
+        if isinstance(error, Rejected):
+            print(f"  what to do: {clean(error.advice)}", file=sys.stderr)
         return error.exit_status
     return 0
 
@@ -115,6 +120,7 @@ async def _judge_and_publish(
     from sn29.examination import Ports
     from sn29.publication import Publisher
     from sn29.round import begin_with
+    from sn29.step_log import HeldSteps
 
     chain = open_chain(settings)
     telemetry.note(hotkey=chain.hotkey)
@@ -129,8 +135,6 @@ async def _judge_and_publish(
     try:
         await _until_it_answers(lambda: _belong(chain, store), publisher, settings.poll_s)
         reader = RulesReader(settings, validator=chain.hotkey)
-        names = ", ".join(reader.files.files)
-        telemetry.tell("started", f"validator {chain.hotkey} on {settings.network}", competitions=names)
         tokenizers = Tokenizers(hub, settings.state_dir / "tokenizers")
         ports = Ports(chain, hub, store, dataset_of(hub, settings.competitions_dir), tokenizers, machine, evaluator)
         if settings.warm_start:
@@ -144,11 +148,14 @@ async def _judge_and_publish(
             await _until_it_answers(lambda: begin_with(ports, record), publisher, settings.poll_s)
         rounds_done = asyncio.Event()
         log = telemetry.Curves(settings.wandb, settings.state_dir, {"hotkey": chain.hotkey}) if settings.wandb else None
+        held = HeldSteps(settings.state_dir / "wandb-held", store, log.log) if log is not None else None
         noted = NotedRules(ports, reader, changeover.software(), asyncio.Lock())
         await _until_it_answers(noted.look, publisher, settings.poll_s)  # before the publisher notes that we are here
-        rounds = asyncio.create_task(_rounds(settings, noted, rounds_done, log))
+        names = ", ".join(reader.files.files)
+        telemetry.tell("started", f"validator {chain.hotkey} on {settings.network}", competitions=names)
+        rounds = asyncio.create_task(_rounds(settings, noted, rounds_done, held))
         watching = asyncio.create_task(noted.watch(rounds_done, settings.poll_s))
-        publishing = asyncio.create_task(_publish(publisher, stop, settings.poll_s, rounds_done))
+        publishing = asyncio.create_task(_publish(publisher, stop, settings.poll_s, rounds_done, held))
         try:
             await _until_over(rounds, publishing, watching)
         finally:
@@ -203,14 +210,18 @@ class NotedRules:
 
     async def watch(self, done: asyncio.Event, poll_s: float) -> None:
         while not done.is_set():
-            with suppress(Unavailable):  # the publisher tells that the chain does not answer
+            try:
                 async with self.planning:
                     await self.look()
+            except Unavailable:  # the publisher tells that the chain does not answer
+                pass
+            except Exception:  # noqa: BLE001 - the third daemon loop: files may lie on a network's disk
+                telemetry.bug("looking at the competition files failed; it is tried again")
             with suppress(TimeoutError):
                 await asyncio.wait_for(done.wait(), poll_s)
 
 
-async def _rounds(settings: ValidatorSettings, noted: NotedRules, done: asyncio.Event, log: telemetry.Curves | None) -> None:
+async def _rounds(settings: ValidatorSettings, noted: NotedRules, done: asyncio.Event, held: HeldSteps | None) -> None:
     """One round after the other, waiting for the chain in between. Each is run by the rules in force at its block."""
     from sn29 import changeover
     from sn29.round import plan_round, run_round
@@ -230,31 +241,31 @@ async def _rounds(settings: ValidatorSettings, noted: NotedRules, done: asyncio.
                 await run_round(ports, due.rules, plan)
                 telemetry.stage("waiting")
                 finished += 1
-                if log is not None:
-                    await _log_round(ports, plan.block, log, time.monotonic() - began)
+                if held is not None:
+                    await _hold_step(ports, plan.block, held, time.monotonic() - began)
                 continue
             telemetry.stage("waiting")
         except Sn29Error as error:
             telemetry.warn("unavailable", str(error))
             telemetry.stage("waiting", detail=f"tried again: {error}")
-        except Exception:  # noqa: BLE001 - one of the two daemon loops: a bug is logged with its traceback, the loop goes on
+        except Exception:  # noqa: BLE001 - one of the three daemon loops: a bug is logged with its traceback, the loop goes on
             telemetry.bug("the round failed; it is tried again")
             telemetry.stage("waiting", detail="the round failed; it is tried again")
         await asyncio.sleep(settings.poll_s)
     done.set()
 
 
-async def _log_round(ports: Ports, block: int, log: telemetry.Curves, seconds: float) -> None:
-    """The finished round as a step of Weights & Biases."""
+async def _hold_step(ports: Ports, block: int, held: HeldSteps, seconds: float) -> None:
+    """The finished round as a step of Weights & Biases, which the publisher's loop shows when its weights stand."""
     from sn29.step_log import step_log
 
     record = await asyncio.to_thread(record_files.newest, ports.machine.records_dir)
     if record is not None and record.head.block == block:
         uids = (await ports.chain.metagraph(block)).uid_of()
-        log.log(await asyncio.to_thread(step_log, record, uids, now=time.time(), step_s=seconds), step=block)
+        held.hold(record, await asyncio.to_thread(step_log, record, uids, now=time.time(), step_s=seconds))
 
 
-async def _publish(publisher: Publisher, stop: Stop, poll_s: float, rounds_done: asyncio.Event) -> None:
+async def _publish(publisher: Publisher, stop: Stop, poll_s: float, rounds_done: asyncio.Event, held: HeldSteps | None) -> None:
     """Sets weights whenever they are due; ends when the rounds are done and nothing is left to do for their weights."""
     from sn29.publication import Step
 
@@ -264,15 +275,24 @@ async def _publish(publisher: Publisher, stop: Stop, poll_s: float, rounds_done:
             await _pause(publisher, pause_s, poll_s)
             last_look = rounds_done.is_set()
             steps = await _look(publisher, stop)
+            if held is not None:
+                _show(held)
             if last_look and all(isinstance(step, Step) and step.settled for step in steps.values()):
                 return
             pause_s = poll_s
         except (Unavailable, Rejected) as error:  # no mechanism can be set, e.g. not registered (yet): said until mended
             telemetry.warn("not_published", str(error))
             pause_s = min(max(2 * pause_s, 2 * poll_s, getattr(error, "retry_s", None) or 0.0), 100 * poll_s)
-        except Exception:  # noqa: BLE001 - the other daemon loop
+        except Exception:  # noqa: BLE001 - another daemon loop
             telemetry.bug("setting weights failed; it is tried again")
             pause_s = max(pause_s, poll_s)
+
+
+def _show(held: HeldSteps) -> None:
+    try:
+        held.show()
+    except OSError as error:
+        telemetry.warn("wandb", f"what is held back cannot be read: {error}; weights are set all the same")
 
 
 async def _pause(publisher: Publisher, pause_s: float, poll_s: float) -> None:

@@ -26,7 +26,7 @@ from bittensor.keyfiles import KeyfileError, WrongPasswordError
 
 from sn29.chain_state import ChainState, bytes_of, commitment_of, reason_of
 from sn29.endpoints import FAILURES, Link
-from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
+from sn29.errors import NAME_A_WALLET, Reason, Rejected, Sn29Error, Unavailable
 from sn29.records import MAX_COMMITMENT_BYTES, Head, RawCommitment, Receipt, SubnetParams, Weights
 from sn29.weight_row import conform, fractions
 
@@ -53,9 +53,11 @@ def load_wallet(name: str, hotkey: str, path: Path) -> bt.Wallet:
     try:
         wallet.hotkey  # noqa: B018  (reads the file now, so that a daemon does not find out in its first round)
     except FileNotFoundError as error:
-        raise Rejected(Reason.SETTING, f"no hotkey at {where}", "a wallet's name and hotkey") from error
+        raise Rejected(Reason.SETTING, f"no hotkey at {where}", "a wallet's name and hotkey", advice=NAME_A_WALLET) from error
     except (KeyfileError, WrongPasswordError, ValueError, OSError) as error:
-        raise Rejected(Reason.SETTING, f"the hotkey at {where}: {error}", "a readable hotkey file") from error
+        raise Rejected(
+            Reason.SETTING, f"the hotkey at {where}: {error}", "a readable hotkey file", advice=NAME_A_WALLET
+        ) from error
     return wallet
 
 

@@ -308,7 +308,8 @@ class ChainState:
         if isinstance(error, bt.RpcPolicyError):
             return Unavailable(what, f"the node refuses traffic: {error}", pause_of(error))
         if is_pruned(error):
-            return Unavailable(what, "the node has forgotten this block: name an archive node (subtensor.archives)")
+            why = "the node has forgotten this block: name an archive node (subtensor.archives)"
+            return Unavailable(what, why, forgotten=True)
         if isinstance(error, bt.ChainError):
             reason = reason_of(error)
             if reason:

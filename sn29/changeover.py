@@ -1,14 +1,16 @@
-"""New rules take effect at the first round block after they were seen: inside a window nobody changes what it is judged by.
+"""New rules take effect at the first round block after they were seen: a round is judged by one set, everywhere the same.
 
     rules            the competition files, and the software that moves a loss or a weight
     note             keeps in the store what a validator has now, with the block from which on it holds
     due              what the round that is due is judged by: what holds at its block. Older files are in the store, and used for
                      it; other software cannot judge it, and says from which block on it judges
 
-Validators that get new rules inside one window, sooner or later, restarted or not, so change at the same block, if each looks
-for new files all the time, also while it works on a round. One that was away for longer than a window cannot know what the
-others judge the open one by, and leaves it out. Who gets them in another window changes at another block: what everybody should
-change at once stands in the files themselves with its block, days ahead: see `rules.schedule`.
+A round block is one at which a window of any competition opens. Validators that get new rules between the same two of them,
+sooner or later, restarted or not, so change at the same block, if each looks for new files all the time, also while it works on
+a round. Where windows are of different lengths, that block may lie inside a longer one, whose later rounds are then judged by
+the new rules. One that did not look between the newest round block and its getting new rules cannot know on which side of that
+block the others got them, and leaves the open round out. Who gets them after another round block changes at another one: what
+everybody should change at once stands in the files themselves with its block, days ahead: see `rules.schedule`.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def note(store: Store, block: int, texts: Mapping[str, str], running: Mapping[st
     what = f"new rules ({'; '.join(differences(standing, now))}) take effect from block {since} on"
     was_here = _was_here(store, rules, block)
     if not was_here:
-        how = "by which ones others judge the window that is open cannot be known here, after more than a window: it is left out"
+        how = "nobody looked here since the newest round block, so whether others had them before it is not known: it is left out"
     elif before is None or dict(standing.software) != dict(running):
         how = "what is due before that, the former software judges"
     else:
@@ -82,7 +84,7 @@ def note(store: Store, block: int, texts: Mapping[str, str], running: Mapping[st
 
 def due(store: Store, block: int, running: Mapping[str, str], catch_up: int, parse: Parse, said: set[int]) -> Due | None:
     """What the round that is due at a final block is judged by, or the next one if none is; None while this software must not
-    judge it.
+    judge it. Of rounds that were missed those that --catch-up leaves out are not due, whatever they would be judged by.
 
     said: the blocks of which that was told.
     """
@@ -92,10 +94,9 @@ def due(store: Store, block: int, running: Mapping[str, str], catch_up: int, par
             return Due(parse(one.texts), one.since, None)
         rules, last = _parsed(one, parse), following.since - 1
         after = max(store.last_finished() or 0, one.since - 1) or None
-        found = next_round(_lengths(rules or parse(kept[-1].texts)), min(block, last), after, catch_up)
-        if rules is not None and found is None and block > last:
-            continue
-        if rules is not None and one.software == running:
+        found = next_round(_lengths(rules or parse(kept[-1].texts)), block, after, catch_up)
+        is_over = block > last and (found is None or found > last)
+        if rules is not None and one.software == running and not is_over:
             return Due(rules, one.since, last)
         if block > last:
             continue  # nobody waits for a round that this software cannot judge
@@ -140,10 +141,10 @@ def _lengths(rules: Rules) -> dict[str, int]:
 
 
 def _was_here(store: Store, rules: Rules, block: int) -> bool:
-    """Whether this validator was at work in the window that is open, or in the one before: then it may have begun with it."""
+    """Whether this validator looked, with the rules of before, since the newest round block: new ones came after it then."""
     opened, seen = _newest(rules, block), store.chain_seen()
     rounds = [store.last_finished() or 0, *(one.block for one in store.open_rounds())]
-    return max(rounds) >= opened or (seen is not None and seen.block >= opened - min(_lengths(rules).values()))
+    return max(rounds) >= opened or (seen is not None and seen.block >= opened)
 
 
 def _newest(rules: Rules, block: int) -> int:

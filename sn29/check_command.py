@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sn29.concealment import clean
-from sn29.errors import Reason, Rejected, Unavailable, reasons_table
+from sn29.errors import Reason, Rejected, Unavailable, WrongUsage, reasons_table
 
 if TYPE_CHECKING:
     from sn29.hub import Hub
@@ -31,7 +31,7 @@ def reasons(words: list[str]) -> int:
         print("usage: sn29 reasons\n\nEvery reason for which something can be refused, as a Markdown table.")
         return 0
     if words:
-        raise Rejected(Reason.SETTING, " ".join(words), "no argument", "sn29 reasons")
+        raise WrongUsage(" ".join(words), "no argument", "sn29 reasons")
     print(reasons_table())
     return 0
 
@@ -41,11 +41,13 @@ def check(words: list[str]) -> int:
     from sn29.settings import CheckSettings, read
 
     settings = read(CheckSettings, words)
+    folder = Path(settings.model).expanduser()
+    if "@" not in settings.model and not folder.is_dir():
+        raise Rejected(Reason.SETTING, f"no folder {folder}", "a folder, or REPO@REVISION on the Hub", "MODEL")
     competition = _competition(settings)
     from sn29.hub import Hub
 
     hub = Hub(settings.hub_endpoint)
-    folder = Path(settings.model).expanduser()
     try:
         if "@" in settings.model and not folder.is_dir():
             checked = _repository(settings, hub, competition)
@@ -66,7 +68,11 @@ def _competition(settings: CheckSettings) -> Competition:
     if named.suffix != ".yaml":
         from neurons.miner import chosen
 
-        return chosen(read_competitions(settings.competitions_dir, settings.at)[0], settings.competition)
+        competitions = read_competitions(settings.competitions_dir, settings.at)[0]
+        if not settings.competition:
+            names = ", ".join(competitions)
+            raise WrongUsage("none", names, said="--competition is missing", advice=f"name one with --competition: {names}")
+        return chosen(competitions, settings.competition)
     if not named.is_file():
         raise Rejected(Reason.SETTING, named, "a competition file that exists", "--competition")
     return in_force(parse_file(named.stem, named.read_text(encoding="utf-8")), settings.at)
@@ -177,7 +183,7 @@ def _say(checked: Checked, competition: str, *, as_json: bool) -> None:
         told: dict[str, Callable[[Rejected], str]] = {
             "reason": lambda r: r.reason.code,
             "sentence": lambda r: r.reason.sentence,
-            "advice": lambda r: r.reason.advice,
+            "advice": lambda r: r.advice,
             "got": lambda r: r.got,
             "limit": lambda r: r.limit,
             "where": lambda r: r.where,
@@ -192,6 +198,6 @@ def _say(checked: Checked, competition: str, *, as_json: bool) -> None:
         print(f"{f.family}, {f.num_parameters:,} parameters, vocabulary {f.vocab_size:,}, {f.num_bytes:,} bytes")
         print(f"content {f.content_id}" + (f", tensors {checked.tensor_digest}" if checked.tensor_digest else ""))
     for refusal in checked.refusals:
-        print(f"refused for {competition} ({refusal.reason.code}): {refusal}\n  what to do: {refusal.reason.advice}")
+        print(f"refused for {competition} ({refusal.reason.code}): {refusal}\n  what to do: {refusal.advice}")
     if not checked.refusals:
         print(f"allowed for {competition}")

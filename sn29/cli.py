@@ -10,7 +10,7 @@ from importlib import import_module
 from sn29 import __version__
 from sn29.command_table import COMMANDS, GROUPS, Command
 from sn29.concealment import clean, guard
-from sn29.errors import Rejected, Sn29Error
+from sn29.errors import Rejected, Sn29Error, nearest
 
 _HEAD = f"sn29 {__version__}: node software of Bittensor subnet 29"
 _TAIL = """\
@@ -20,8 +20,8 @@ SETTINGS
 
 EXIT STATUS
   0  done          1  refused, or not available: a line on standard error says what, with both values
-  2  wrong usage: an unknown command or flag, or a value that is missing
-  130  stopped by Ctrl-C          commands that say otherwise say so in their --help
+  2  wrong usage: an unknown command or flag, or a value that is missing or not allowed
+  130  stopped by Ctrl-C          commands that say otherwise say so in their --help (validator and miner: 0)
 
   sn29 COMMAND --help   the flags of a command
   sn29 lab --help       the commands of a group of words
@@ -37,14 +37,27 @@ def main(arguments: list[str] | None = None) -> int:
     if words[:1] == ["--version"]:
         print(__version__)
         return 0
+    if words[:1] == ["help"]:
+        return main([*words[1:], "--help"])
     asked = [word for word in words if word not in ("--help", "-h")]
     shown = usage(asked)
     if shown and (not asked or asked != words):
         print(shown)
         return 0
-    print(shown or usage([]), file=sys.stderr)
-    print(f"sn29: no command {' '.join(words[:2])!r}", file=sys.stderr)
+    print(f"{shown}\nsn29: {' '.join(asked)} needs one of these" if shown else _unknown(asked), file=sys.stderr)
     return 2
+
+
+def _unknown(words: list[str]) -> str:
+    """One line: no such command, the nearest one, and where all of them stand."""
+    names = {name[:n] for name in COMMANDS for n in range(1, len(name) + 1)}
+    group = next((words[:n] for n in range(len(words), -1, -1) if not n or tuple(words[:n]) in names), [])
+    behind = len(group)
+    inside = sorted(" ".join(name[behind:]) for name in names if [*name[:behind]] == group and len(name) > behind)
+    near = nearest(" ".join(words[behind : behind + 2]), inside) or nearest(words[behind], inside)
+    meant = f" did you mean {' '.join([*group, near])!r}?" if near else ""
+    where = " ".join(["sn29", *group, "--help"])
+    return f"sn29: no command {' '.join(words[: behind + 1])!r};{meant} `{where}` lists all there are"
 
 
 def usage(words: list[str]) -> str:
@@ -68,9 +81,10 @@ def _guarded(name: tuple[str, ...], command: Command, words: list[str]) -> int:
     try:
         return _function(name, command)(words)
     except Sn29Error as error:
-        print(f"sn29 {' '.join(name)}: {clean(error)}", file=sys.stderr)
+        program = f"sn29 {' '.join(name)}: "
+        print(program + clean(error).removeprefix(program), file=sys.stderr)
         if isinstance(error, Rejected):
-            print(f"  what to do: {error.reason.advice}", file=sys.stderr)
+            print(f"  what to do: {clean(error.advice)}", file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:  # whoever reads (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

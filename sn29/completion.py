@@ -15,7 +15,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from sn29.command_table import COMMANDS
-from sn29.settings import Setting, programs, settings_of
+from sn29.settings import COMPETITIONS, Setting, programs, settings_of
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -29,6 +29,10 @@ class Option:
     """With dashes; for one without a value also its negation."""
     choices: tuple[str, ...]
     takes: Literal["nothing", "word", "path"]
+
+    def values(self, competitions: str) -> list[str]:
+        """What can be offered for it; `competitions` is how a shell finds the names of those that are in files here."""
+        return [competitions if one == COMPETITIONS else one for one in self.choices or self.setting.extra["values"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,11 @@ def script(shell: str) -> str:
     return head + load + _bash(found)
 
 
+def _programs(found: tuple[Entry, ...]) -> set[tuple[str, ...]]:
+    """Every beginning of a command that has settings: what can be written behind `sn29 config`."""
+    return {entry.words[:n] for entry in found if entry.settings for n in range(1, len(entry.words) + 1)}
+
+
 def _children(found: tuple[Entry, ...]) -> dict[str, list[str]]:
     """Words that go on from a beginning, by that beginning; `` is where all commands begin."""
     children: dict[str, list[str]] = {}
@@ -101,12 +110,13 @@ def _children(found: tuple[Entry, ...]) -> dict[str, list[str]]:
 _BASH = """\
 # The commands, flags and values of sn29, written by `sn29 completion`.
 _sn29() {{
-    local cur="${{COMP_WORDS[COMP_CWORD]}}" prev="${{COMP_WORDS[$((COMP_CWORD - 1))]}}" before="" key="" subs="" flags="" word
+    local cur="${{COMP_WORDS[COMP_CWORD]}}" prev="${{COMP_WORDS[$((COMP_CWORD - 1))]}}"
+    local before="" key="" subs="" flags="" config="" word
     local words=("${{COMP_WORDS[@]:1:$((COMP_CWORD - 1))}}")
     if [[ $cur == "=" ]]; then cur=""
     elif [[ $prev == "=" ]]; then prev="${{COMP_WORDS[$((COMP_CWORD - 2))]}}"
     elif [[ $cur == --*=* ]]; then prev="${{cur%%=*}}" before="${{cur%%=*}}=" cur="${{cur#*=}}"; fi
-    [[ ${{words[0]}} == config ]] && words=("${{words[@]:1}}")
+    [[ ${{words[0]}} == config ]] && config=yes words=("${{words[@]:1}}")
     for word in "${{words[@]}}"; do
         case "$key/$word" in
             {nodes}) key="$key/$word" ;;
@@ -122,11 +132,20 @@ _sn29() {{
     case "$key" in
 {commands}
     esac
+    [[ -n $config ]] && case "$key" in
+{programs}
+    esac
     if [[ $cur != -* && -n $subs ]]; then COMPREPLY=($(compgen -W "$subs" -- "$cur"))
     elif [[ $cur != -* ]]; then
         case "$key" in {takes_path}) _sn29_paths; return ;; esac
     fi
     [[ $cur == -* ]] && COMPREPLY+=($(compgen -W "$flags --help" -- "$cur"))
+}}
+_sn29_competitions() {{
+    local file
+    for file in $(ls competitions 2>/dev/null); do
+        case "$file" in hall_of_fame.yaml) ;; *.yaml) printf '%s ' "${{file%.yaml}}" ;; esac
+    done
 }}
 _sn29_paths() {{
     local IFS=$'\\n'
@@ -144,8 +163,8 @@ def _bash(found: tuple[Entry, ...]) -> str:
     words: list[str] = []
     for key, option in ((_key(entry.words), option) for entry in found for option in entry.options):
         named = [f'"{key}:{flag}"' for flag in option.flags]
-        if option.choices:
-            choices.setdefault(" ".join(option.choices), []).extend(named)
+        if values := option.values("$(_sn29_competitions)"):
+            choices.setdefault(" ".join(values), []).extend(named)
         elif option.takes != "nothing":
             (paths if option.takes == "path" else words).extend(named)
     commands = {_key(tuple(start.split())): (subs, ["--version"] if not start else []) for start, subs in children.items()}
@@ -154,6 +173,10 @@ def _bash(found: tuple[Entry, ...]) -> str:
         subs = dict.fromkeys([*commands.get(_key(entry.words), ([], []))[0], *entry.choices])
         commands[_key(entry.words)] = ([*subs], flags)
     nodes = [f'"{_key((*start.split(), sub))}"' for start, subs in children.items() for sub in subs]
+    programs = {
+        _key(tuple(start.split())): [sub for sub in subs if (*start.split(), sub) in _programs(found)]
+        for start, subs in children.items()
+    }
     reply = 'COMPREPLY=($(compgen -P "$before" -W "{}" -- "$cur")); return'
     return _BASH.format(
         nodes="|".join(nodes),
@@ -163,6 +186,7 @@ def _bash(found: tuple[Entry, ...]) -> str:
         commands="\n".join(
             f'        "{key}") subs="{" ".join(subs)}" flags="{" ".join(flags)}" ;;' for key, (subs, flags) in commands.items()
         ),
+        programs="\n".join(f'        "{key}") subs="{" ".join(subs)}" ;;' for key, subs in programs.items()),
         takes_path="|".join(f'"{_key(entry.words)}"' for entry in found if entry.takes_path),
     )  # fmt: skip
 
@@ -185,6 +209,14 @@ function __sn29_at
     end
     test "$key" = "$argv[1]"
 end
+function __sn29_no_config
+    set -l words (commandline -opc)
+    test "$words[2]" != config
+end
+function __sn29_competitions
+    set -l files competitions/*.yaml
+    string replace -rf '^.*/(.*)[.]yaml$' '$1' -- $files | string match -v hall_of_fame
+end
 complete -c sn29 -f
 complete -c sn29 -l help -d "what there is here"
 """
@@ -196,13 +228,15 @@ def _fish(found: tuple[Entry, ...]) -> str:
     nodes = [_key((*start.split(), sub)) for start, subs in children.items() for sub in subs]
     lines = [_FISH.format(nodes=" ".join(nodes))]
 
-    def line(words: tuple[str, ...], *rest: str) -> None:
-        lines.append(f"complete -c sn29 -n \"__sn29_at '{_key(words)}'\" {' '.join(rest)}\n")
+    def line(words: tuple[str, ...], *rest: str, also: str = "") -> None:
+        lines.append(f"complete -c sn29 -n \"__sn29_at '{_key(words)}'{also}\" {' '.join(rest)}\n")
 
     for start, subs in children.items():
         for sub in subs:
             said = about.get(f"{start} {sub}".strip(), f"sn29 {f'{start} {sub}'.strip()} ...")
-            line(tuple(start.split()), "-a", sub, "-d", shlex.quote(said))
+            words = tuple(start.split())
+            also = "" if (*words, sub) in _programs(found) else "; and __sn29_no_config"
+            line(words, "-a", sub, "-d", shlex.quote(said), also=also)
     for entry in found:
         if entry.takes_path:
             line(entry.words, "-F")
@@ -210,7 +244,8 @@ def _fish(found: tuple[Entry, ...]) -> str:
             line(entry.words, "-a", choice)
         for option in entry.options:
             takes = {"nothing": "", "word": "-x", "path": "-r -F"}[option.takes]
-            values = f"-x -a {shlex.quote(' '.join(option.choices))}" if option.choices else takes
+            offered = " ".join(option.values("(__sn29_competitions)"))
+            values = f"-x -a {shlex.quote(offered)}" if offered else takes
             for flag in option.flags:
                 name = f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}"
                 line(entry.words, name, values, "-d", shlex.quote(str(option.setting.extra["about"])))

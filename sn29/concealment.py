@@ -2,8 +2,8 @@
 
 Everything that is told, logged or printed of an error goes through `clean` (one line) or `without_secrets` (a traceback).
 What is secret is known from three sides: values that a program names (`conceal`), values of variables whose names say so, and
-forms that only secrets have: a token of the Hub, what stands before @ or behind ? in an address. Of an address of a node, whose
-path is often the key to it, only the host is shown.
+forms that only secrets have: a token of the Hub or of a header, what stands before @ or behind ? in an address, and a key in
+the path of one: a UUID, 32 hex digits, or what follows /v2/. Of a ws:// address, a node's, only the host is shown.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from urllib.parse import quote, quote_plus
 
 _named: dict[str, str] = {}
 """Each form of each secret -> what is shown in its place; the longest first, because a secret may hold another one."""
-_PASSWORD = re.compile(r"(PASSWORD|PASSPHRASE|(^|_)PASS|SECRET|MNEMONIC|SEED_?PHRASE)$", re.I)
-"""Variables of secrets that people make up."""
+_PASSWORD = re.compile(r"(PASSWORD|PASSPHRASE|(^|_)PASS|SECRET|MNEMONIC|SEED_?PHRASE)$|^BT_PW_", re.I)
+"""Variables of secrets that people make up; BT_PW_ and a wallet's path is where Bittensor reads that hotkey's password."""
 _TOKEN = re.compile(r"(TOKEN|API_?KEY|PRIVATE_?KEY|ACCESS_KEY|(^|_)SEED|_PAT)$|^TOKEN_", re.I)
 """Variables of secrets that machines make up."""
 _PLAIN = re.compile(r"[a-z]{1,10}|\d{1,10}")
@@ -29,8 +29,16 @@ _SHORTEST = 6
 """Characters of a secret. What is shorter stands in half of all words, and hiding it would say what it is."""
 _FORMS = (
     (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_***"),
-    (re.compile(r"(?<=://)[^\s/?#'\"]+@"), ""),
+    (re.compile(r"(?<=://)(?:[^\s/?#'\"]|['\"](?![],:;)}>]))+@"), ""),
+    (re.compile(r"(\bBearer\s+)[\w.~+/=-]{6,}"), r"\1***"),
     (re.compile(r"(\bwss?://[^\s/?#'\",;)]+)[/?#][^\s'\"]*[^\s'\",;)]", re.I), r"\1/***"),
+    (
+        re.compile(
+            r"(\bhttps?://[^\s?'\"]*?/)(?:(?<=/v\d/)[\w-]{10,}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32})(?![\w.-])",
+            re.I,
+        ),
+        r"\1***",
+    ),
     (re.compile(r"(\bhttps?://[^\s?'\"]*)\?[^\s'\")>]+", re.I), r"\1?***"),
 )
 

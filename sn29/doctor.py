@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sn29.concealment import clean
-from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
+from sn29.errors import NAME_A_WALLET, Reason, Rejected, Sn29Error, Unavailable
 from sn29.settings import DoctorOfMiner, DoctorOfValidator
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ class _Bad(Rejected):
     """Red, with advice that fits better than the reason's own."""
 
     def __init__(self, said: str, advice: str) -> None:
-        super().__init__(Reason.SETTING, said, advice)
-        self.said, self.advice = said, advice
+        super().__init__(Reason.SETTING, said, advice, advice=advice)
+        self.said = said
 
 
 # ---- running them ----------------------------------------------------------------------------------------------------
@@ -120,8 +120,8 @@ def _told(error: Sn29Error, advice: str) -> tuple[str, str]:
     if not isinstance(error, Rejected):
         return str(error), advice
     if error.reason is Reason.SETTING:
-        return f"{error.got}, rule {error.limit}", advice
-    return str(error), error.reason.advice
+        return f"{error.got}, rule {error.limit}", error.own_advice or advice
+    return str(error), error.advice
 
 
 async def _beside(work: Callable[[], T]) -> T:
@@ -433,12 +433,7 @@ async def store(facts: Facts) -> str:
 
 
 async def competition_files(facts: Facts) -> str:
-    try:
-        files = await facts.rules()
-    except Rejected as error:
-        if "without a pin" in error.got:
-            raise _Bad(str(error), "write the pins into the file with `sn29 competitions pin FILE`") from None
-        raise
+    files = await facts.rules()
     unpinned = [f"{name}.yaml: {', '.join(file.unpinned)}" for name, file in files.files.items() if file.unpinned]
     said = f"{', '.join(files.files)} and {len(files.hall_of_fame.entries)} hall of fame entries"
     return f"{said}; not pinned, which is enough here: {'; '.join(unpinned)}" if unpinned else f"{said}, all pinned"
@@ -674,14 +669,13 @@ _Check = tuple[str, Callable[[Facts], Coroutine[Any, Any, str]], str]
 def _checks(settings: DoctorOfValidator | DoctorOfMiner) -> tuple[_Check, ...]:
     node = "look at the node of --subtensor.network and the way there; spare ones: --subtensor.fallbacks"
     internet = "look at the way to --hub.endpoint: network, proxy, firewall"
-    keys = "name a wallet that exists: --wallet.name, --wallet.hotkey, --wallet.path; make one with `btcli wallet create`"
     both: tuple[_Check, ...] = (
         ("python", python, ""),
         ("packages", packages, "install sn29 into this virtual environment with pip"),
         ("memory", memory, ""),
         ("disk", disk, "look at the disk: it does not answer"),
         ("competitions", competition_files, "see `sn29 competitions check`"),
-        ("wallet", wallet, keys),
+        ("wallet", wallet, NAME_A_WALLET),
         ("chain", chain, node),
         ("clock", clock, node),
         ("spares", spares, node),

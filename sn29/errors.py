@@ -8,6 +8,7 @@ Sn29Error
 from __future__ import annotations
 
 import copyreg
+from collections.abc import Iterable
 from enum import Enum
 
 
@@ -78,12 +79,15 @@ class Reason(Enum):
         "the data set cannot serve samples",
         "name parquet files with enough different texts in row groups of at most 20 MB of text (training: 1 GB)",
     )
-    COMPETITION_FILE = ("the competition file is not valid", "mend the named field")
+    COMPETITION_FILE = (
+        "the competition file is not valid",
+        "mend what is named there; `sn29 competitions check DIR` looks at the files again",
+    )
     RECORD = (
         "the round record is not usable",
         "take the file as its validator wrote it; see `sn29 replay --help` for other data",
     )
-    SETTING = ("the setting is not usable", "see --help")
+    SETTING = ("the setting is not usable", "give it a value that the rule allows; the command's --help says what it is for")
     CLAIM = (
         "what the command claims of its result was measured, and does not hold",
         "nothing was written: do less at once, or state the wider limit that you accept where --help names one",
@@ -117,6 +121,9 @@ class Reason(Enum):
         return self.value[1]
 
 
+NAME_A_WALLET = "name a wallet that exists: --wallet.name, --wallet.hotkey, --wallet.path; make one with `btcli wallet create`"
+
+
 def reasons_table() -> str:
     """The closed list in Markdown, for the README and `sn29 reasons`; both values stand in each refusal itself."""
     rows = (f"| `{reason.code}` | {reason.sentence} | {reason.advice} |" for reason in Reason)
@@ -128,6 +135,13 @@ def shown(value: object, longest: int = 300) -> str:
     text = str(value)[: longest + 1]
     text = text if len(text) <= longest else text[: longest - 3] + "..."
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The one that a mistyped word was meant to be; empty where none is near."""
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(word, [one for one in known if one != word and one[:1].isalpha()], n=1, cutoff=0.6)), "")
 
 
 class Sn29Error(Exception):
@@ -144,9 +158,13 @@ class Sn29Error(Exception):
 class Unavailable(Sn29Error):
     """The chain, the Hub, the disk or a child process did not answer: nothing is known, so try again later."""
 
-    def __init__(self, what: str, why: str, retry_s: float | None = None, *, certain: bool = False) -> None:
+    def __init__(
+        self, what: str, why: str, retry_s: float | None = None, *, certain: bool = False, forgotten: bool = False
+    ) -> None:
         super().__init__(f"{what}: {why}")
         self.what, self.why = what, why
+        self.forgotten = forgotten
+        """Of a read: the nodes did answer, that they have thrown the block's state away; asking them again changes nothing."""
         self.certain = certain
         """Of a write: the other side has for certain not taken it and never will, so it may be sent again at any time."""
         self.retry_s = retry_s
@@ -156,15 +174,31 @@ class Unavailable(Sn29Error):
 class Rejected(Sn29Error):
     """A rule is broken, for good. `got` is what was found, `limit` what the rule asks for."""
 
-    def __init__(self, reason: Reason, got: object, limit: object, where: str = "") -> None:
+    def __init__(self, reason: Reason, got: object, limit: object, where: str = "", *, said: str = "", advice: str = "") -> None:
+        """said: another sentence than the reason's; advice: what to do, where the reason's own words are for others."""
         self.reason, self.got, self.limit, self.where = reason, shown(got), shown(limit), shown(where)
-        super().__init__(f"{self.where + ': ' if where else ''}{reason.sentence} (got {self.got}, rule {self.limit})")
+        self.own_advice = shown(advice)
+        """Empty where the reason's own words will do."""
+        sentence = f"{self.where + ': ' if where else ''}{reason.sentence} (got {self.got}, rule {self.limit})"
+        super().__init__(shown(said) if said else sentence)
+
+    @property
+    def advice(self) -> str:
+        """What to do about this very refusal; of a field that there is not, the one that may be meant."""
+        if self.own_advice:
+            return self.own_advice
+        if self.reason is Reason.SETTING:
+            return f"mend {self.where or 'it'}: {self.limit}"
+        if self.reason is Reason.COMPETITION_FILE and self.got.startswith("the field "):
+            near = nearest(self.got.split(" ")[-1], self.limit.removeprefix("one of ").split(", "))
+            return f"did you mean {near}? {self.reason.advice}" if near else self.reason.advice
+        return self.reason.advice
 
 
 class WrongUsage(Rejected):
-    """A command line that no command has: an unknown flag or word, a flag without its value, an argument that is missing."""
+    """What nobody can run: an unknown flag or word, an argument that is missing, a setting whose value is not allowed."""
 
     exit_status = 2
 
-    def __init__(self, got: object, limit: object, where: str = "") -> None:
-        super().__init__(Reason.SETTING, got, limit, where)
+    def __init__(self, got: object, limit: object, where: str = "", *, said: str = "", advice: str = "") -> None:
+        super().__init__(Reason.SETTING, got, limit, where, said=said, advice=advice)

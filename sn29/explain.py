@@ -17,7 +17,9 @@ sequence where the rule compares in pairs, else the normal approximation, mean +
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -30,6 +32,7 @@ from sn29.replay import contest_of
 from sn29.round_record import CompetitionRecord, Json, RoundRecord
 from sn29.rules.decision import Contest, score_contest
 from sn29.rules.scoring import Scored
+from sn29.rules.weights import KEEP
 
 BLOCK_SECONDS = 12
 HORIZON_BLOCKS = 10 * 365 * 86_400 // BLOCK_SECONDS
@@ -84,6 +87,10 @@ class Passage:
     weight: float = 0.0
     """Share of all weights of the competition's mechanism, 0..1, after the moving average."""
     mechanism: int = 0
+    before: float = 0.0
+    """That share in the weights of the round before, of which a part is kept."""
+    towards: float = 0.0
+    """The share that `weight` comes to when rounds go on to decide what this one did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +125,42 @@ def passages(records: Iterable[RoundRecord], hotkey: str) -> Iterator[Passage]:
 
 def _passage(record: RoundRecord, outcome: Outcome) -> Passage:
     block, weight = record.head.block, record.weights_of(outcome.competition).get(outcome.hotkey, 0.0)
+    before, aim = _moved(record, outcome)
     kept = record.competitions.get(outcome.competition)
     mechanism = kept.mechanism if kept else 0
     model = kept.model(outcome.hotkey) if kept else None
     if kept is None or model is None or not model.evaluated:
-        return Passage(block, outcome, weight=weight, mechanism=mechanism)
+        return Passage(block, outcome, weight=weight, mechanism=mechanism, before=before, towards=aim)
     scored = [x for x in model.losses if math.isfinite(x)]
     order = [s.hotkey for s in _best_first(kept.scores)]
     return Passage(
         block, outcome, len(model.losses), model.stopped, model.unscored, math.fsum(scored) / len(scored) if scored else math.inf,
         next((s for s in kept.scores if s.hotkey == outcome.hotkey), None),
-        order.index(outcome.hotkey) + 1 if outcome.hotkey in order else 0, len(order), weight, mechanism,
+        order.index(outcome.hotkey) + 1 if outcome.hotkey in order else 0, len(order), weight, mechanism, before, aim,
     )  # fmt: skip
+
+
+def _moved(record: RoundRecord, outcome: Outcome) -> tuple[float, float]:
+    """See `Passage`: before, towards."""
+    kept = record.competitions.get(outcome.competition)
+    mechanism = kept.mechanism if kept else 0
+    old = record.last_weights.get(mechanism)
+    before = old.by_hotkey.get(outcome.hotkey, 0.0) if old else 0.0
+    return before, towards(record, mechanism).get(outcome.hotkey, 0.0)
+
+
+def towards(record: RoundRecord, mechanism: int = 0) -> dict[str, float]:
+    """Hotkey -> share of all weights, 0..1, that the round's own result would give it: a round keeps KEEP of the weights that
+    the round before decided, of hotkeys that are still registered (`rules.weights.combine`), and this undoes that."""
+    now, old = record.weights.get(mechanism), record.last_weights.get(mechanism)
+    if now is None or old is None or now.by_hotkey == old.by_hotkey:
+        return dict(now.by_hotkey) if now else {}
+    left = {hotkey: weight for hotkey, weight in old.by_hotkey.items() if hotkey in record.registered}
+    total = math.fsum(left.values())
+    if total <= 0:
+        return dict(now.by_hotkey)
+    aims = {h: (now.by_hotkey.get(h, 0.0) - KEEP * left.get(h, 0.0) / total) / (1 - KEEP) for h in {*now.by_hotkey, *left}}
+    return {hotkey: aim for hotkey, aim in sorted(aims.items()) if aim > 1e-12}
 
 
 def _best_first(scores: Iterable[Score]) -> list[Score]:
@@ -255,6 +286,69 @@ def _normal(losses: Mapping[str, Sequence[float]], hotkey: str, holder: str) -> 
     return Comparison(holder, len(ratios), mean, mean - 1.96 * error, mean + 1.96 * error, NORMAL)
 
 
+# --- whom they name ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A hotkey of some rounds, as `sn29 explain` lists it."""
+
+    hotkey: str
+    repositories: frozenset[str]
+    """Every namespace/name that its commitments named."""
+    newest: Outcome
+
+    @property
+    def name(self) -> str:
+        return f"{self.hotkey}  {self.newest.model.partition('@')[0] or '(no repository)'}"
+
+    def __str__(self) -> str:
+        o = self.newest
+        reason = next((r for r in Reason if r.code == o.reason), None)
+        became = {"rejected": f"refused: {reason.sentence if reason else o.reason}"}.get(o.status, o.status)
+        return f"{self.name:<70}  {o.competition or '-'}: {became}"
+
+
+def everybody(records: Iterable[RoundRecord]) -> list[Seen]:
+    """Whom these rounds name, by repository."""
+    repositories: dict[str, set[str]] = {}
+    newest: dict[str, Outcome] = {}
+    for record in records:
+        entered = (m.outcome for _, c in sorted(record.competitions.items()) for m in c.models)
+        for outcome in (*record.no_competition, *entered):
+            newest[outcome.hotkey] = outcome
+            named = outcome.model.partition("@")[0]
+            repositories.setdefault(outcome.hotkey, set()).update({named} - {""})
+    found = (Seen(hotkey, frozenset(repositories[hotkey]), outcome) for hotkey, outcome in newest.items())
+    return sorted(found, key=lambda one: (one.newest.model, one.hotkey))
+
+
+def meant(word: str, seen: Iterable[Seen]) -> list[Seen]:
+    """Who may be meant by a hotkey, its beginning, its beginning and end as pages show it (5CQG...StPu), or the owner or the
+    whole name of a repository."""
+    start, _, end = word.replace("\u2026", "...").partition("...")
+    found = []
+    for one in seen:
+        owners = {name.partition("/")[0] for name in one.repositories}
+        if word in (owners | one.repositories) or (start and one.hotkey.startswith(start) and one.hotkey.endswith(end)):
+            found.append(one)
+    return [one for one in found if one.hotkey == word] or found
+
+
+_BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+
+
+def is_address(word: str) -> bool:
+    """Whether it is an ss58 address of 32 bytes: one wrong letter, and its checksum is another one."""
+    if not re.fullmatch(f"[{_BASE58}]{{46,48}}", word):
+        return False
+    number = 0
+    for letter in word:
+        number = number * 58 + _BASE58.index(letter)
+    data = number.to_bytes(36, "big").lstrip(b"\0")
+    return len(data) == 35 and hashlib.blake2b(b"SS58PRE" + data[:-2]).digest()[:2] == data[-2:]
+
+
 # --- in words ---------------------------------------------------------------------------------------------------------
 
 
@@ -297,12 +391,14 @@ def told(story: Sequence[Passage]) -> list[str]:
         lines += _told_evaluated(p)
     elif o.status == "rejected":
         reason = next((r for r in Reason if r.code == o.reason), None)
-        lines.append(f"  refused: {reason.sentence if reason else o.reason}: got {o.got}, rule {o.limit}")
+        values = o.limit if reason is Reason.COPY else f"got {o.got}, rule {o.limit}"  # who has it says more than a hash of it
+        lines.append(f"  refused: {reason.sentence if reason else o.reason}: {values}")
         lines += [f"  what to do: {reason.advice}"] if reason else []
     else:
         lines.append(f"  {o.status}: {o.detail or o.reason}")
     if len(story) > 1:
-        lines.append(f"  the same in {len(story) - 1} more rounds, up to the one of block {story[-1].block:,}")
+        more = f"{len(story) - 1} more rounds, up to the one" if len(story) > 2 else "1 more round, the one"
+        lines.append(f"  the same in {more} of block {story[-1].block:,}")
     return lines
 
 
@@ -318,6 +414,9 @@ def _told_evaluated(p: Passage) -> list[str]:
             f"  place {p.place} of {p.num_models}: win rate {s.win_rate:.3f}, {s.weight:.2%} of the competition's reward; "
             f"weight after this round {p.weight:.2%}{f' of mechanism {p.mechanism}' if p.mechanism else ''}"
         )
+        if abs(p.towards - p.weight) >= 5e-5:
+            half = f"a round moves weights {1 - KEEP:.0%} of the way"
+            lines.append(f"  {half}: from {p.before:.2%} to {p.weight:.2%} now, towards {p.towards:.2%} of all weights")
     return lines
 
 

@@ -179,7 +179,7 @@ def told(found: Forecast, since: datetime | None) -> list[str]:
     lines = [f"{found.competition}: {found.said}"]
     if found.refusals:
         for refusal in found.refusals:
-            lines += [f"  {refusal.reason.code}: {refusal}", f"  what to do: {refusal.reason.advice}"]
+            lines += [f"  {refusal.reason.code}: {refusal}", f"  what to do: {refusal.advice}"]
         return lines
     if found.facts is not None:
         lines.append(f"  {found.facts.family}, {found.facts.num_parameters:,} parameters, content {found.facts.content_id[:16]}")
@@ -254,7 +254,7 @@ def as_json(found: Forecast) -> dict[str, Any]:
 
     refusals = [
         {
-            "reason": r.reason.code, "sentence": r.reason.sentence, "advice": r.reason.advice, "got": r.got, "limit": r.limit,
+            "reason": r.reason.code, "sentence": r.reason.sentence, "advice": r.advice, "got": r.got, "limit": r.limit,
             "where": r.where,
         }
         for r in found.refusals

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sn29.command_table import COMMANDS, GROUPS, Command
 from sn29.concealment import clean
-from sn29.errors import WrongUsage
+from sn29.errors import WrongUsage, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +30,9 @@ def config(words: list[str]) -> int:
     words = words[1:] if as_json else words
     name = next((" ".join(words[:n]) for n in (3, 2, 1) if " ".join(words[:n]) in kinds), "")
     if words and not name and not words[0].startswith("-"):
-        raise WrongUsage(words[0], ", ".join(kinds), "sn29 config")
+        near = nearest(words[0], kinds)
+        said = f"no program {words[0]}{f'; did you mean {near}?' if near else ''}"
+        raise WrongUsage(words[0], ", ".join(kinds), said=said, advice="`sn29 config --help` lists them")
     kind = kinds[name or "validator"]
     settings, origins = read_with_origins(kind, words[len(name.split()) :])
     rows = [(s.names[0], clean(shown_value(s, settings)), origins[s.field]) for s in settings_of(kind)]
@@ -64,7 +66,9 @@ def completion(words: list[str]) -> int:
         print(_INSTALL)
         return 0
     if len(words) != 1 or words[0] not in SHELLS:
-        raise WrongUsage(" ".join(words) or "nothing", ", ".join(SHELLS), "sn29 completion")
+        got, limit = " ".join(words), ", ".join(SHELLS)
+        advice = f"name one of {limit}: `sn29 completion --help` says where the script goes"
+        raise WrongUsage(got, limit, said=f"no shell {got}" if got else "the name of your shell is missing", advice=advice)
     sys.stdout.write(script(words[0]))
     return 0
 

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shlex
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sn29.errors import Reason, Rejected
+
+if TYPE_CHECKING:
+    from sn29.settings import LocalnetSettings
 
 
 def demo(words: list[str]) -> int:
@@ -23,8 +35,11 @@ def demo(words: list[str]) -> int:
         check_training(ended)
     print(f"\nThe page with curves, win matrix and weights: {page}")
     state, rules = ended.folder / "validator", ended.folder / "localnet" / "competitions"
-    print(f"As an operator sees it: sn29 report --state.dir {state} --competitions.dir {rules} --serve 127.0.0.1:2929")
-    print(f"Why a miner got what it got: sn29 explain HOTKEY --records {state / 'records'}")
+    operator = ["sn29", "report", "--state.dir", str(state), "--competitions.dir", str(rules), "--serve", "127.0.0.1:2929"]
+    print(f"As an operator sees it:\n  {shlex.join(operator)}")
+    hotkey = next(hotkey for hotkey, name in ended.names.items() if name == "giant")
+    why = shlex.join(["sn29", "explain", hotkey, "--records", str(state / "records")])
+    print(f"Why giant was refused (`giant`, the owner of its repository, does as well as the hotkey):\n  {why}")
     if settings.open_page:
         import webbrowser
 
@@ -34,11 +49,40 @@ def demo(words: list[str]) -> int:
 
 def up(words: list[str]) -> int:
     """In the foreground, until Ctrl-C or SIGTERM."""
-    from sn29.settings import LocalnetSettings, default_cache, read
+    from sn29.settings import LocalnetSettings, read
 
     settings = read(LocalnetSettings, words)
+    with _alone(settings.localnet_dir):
+        return _up(settings)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """A lock that ends with the process, with its number in it. Raises Rejected(SETTING) where another process has it, and for a
+    folder that cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / "lock").open("a+")
+    except OSError as error:
+        got = f"{folder}: {error.strerror or error}"
+        raise Rejected(Reason.SETTING, got, "a folder that can be written to", "--localnet.dir") from None
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stream.seek(0)
+            got = f"{folder}, where a localnet is up already (process {stream.read(20).strip()})"
+            raise Rejected(Reason.SETTING, got, "one at a time: end that one, or name another folder", "--localnet.dir") from None
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}\n")
+        stream.flush()
+        yield
+
+
+def _up(settings: LocalnetSettings) -> int:
     from sn29.localnet import text
     from sn29.localnet.network import TRAINING_FILES, prepare
+    from sn29.settings import default_cache
 
     def say(what: str) -> None:
         print(f"  {what}", flush=True)

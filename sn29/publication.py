@@ -412,7 +412,7 @@ class Publisher:
         if is_first or self._seen is None or final > self._seen.block:
             age = max(0.0, time.time() - await self._chain.timestamp(final)) if is_first else 0.0
             self._grew = time.monotonic() - age
-            before = self._seen or ChainSeen(final, 0.0, 0.0, EPOCH, 0)
+            before = self._seen or ChainSeen(final, 0.0, 0.0, EPOCH, None)
             self._keep_seen(replace(before, block=final, at=time.time() - age, block_seconds=self._block_seconds))
             note(head=final, head_time=time.time() - age)
         return final
@@ -438,7 +438,7 @@ class Publisher:
             warn("no_final_block", f"no new final block for {still_s:.0f} s, the newest is {block}: {advice}", block=block)
         seconds = self._block_seconds or (self._seen.block_seconds if self._seen else 12.0)
         now = block + int(still_s / seconds)
-        epoch, patience = (self._seen.epoch, self._seen.reveal_epochs) if self._seen else (EPOCH, 0)
+        epoch, patience = (self._seen.epoch, self._seen.reveal_epochs or 0) if self._seen else (EPOCH, 0)
         for mechanism, stands in sets.items():
             since = stands[0] if stands else first
             epochs = (now - since) // epoch

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sn29 import record_files
 from sn29 import replay as again
+from sn29.concealment import clean
 from sn29.errors import Reason, Rejected
 from sn29.records import Weights
 from sn29.round_record import Json, RoundRecord, loads
@@ -17,13 +20,21 @@ from sn29.rules.competition import Competition
 from sn29.rules.decision import Decision
 from sn29.settings import AuditSettings, ExplainSettings, ReplaySettings, SimulateSettings, read
 
+if TYPE_CHECKING:
+    from sn29.explain import Seen
+
 RECORDS = "records"
 """Folder of the round records in a validator's state folder."""
 
 
 def replay(words: list[str]) -> int:
     settings = read(ReplaySettings, words)
-    data = loads(record_files.read_text(settings.record), str(settings.record))
+    text = record_files.read_text(settings.record)
+    if not text.lstrip().startswith(b"{"):  # a store, a picture, a table: its bytes would say nothing
+        raise Rejected(
+            Reason.RECORD, "no JSON object", "a round record", str(settings.record), said=f"{settings.record} is no round record"
+        )
+    data = loads(text, str(settings.record))
     if again.is_by_hand(data):
         return _replay_by_hand(settings, data)
     record = record_files.read(settings.record)
@@ -104,13 +115,46 @@ def explain(words: list[str]) -> int:
         paths = [path for path in paths if record_files.read(path).head.block == settings.round]
     if not paths:
         raise Rejected(Reason.SETTING, settings.round, "the block of a recorded round", "--round")
-    records = map(record_files.read, paths)
-    lines, data = explains.explain(records, settings.hotkey, record_files.written(paths[-1]))
+    written = record_files.written(paths[-1])
+    lines, data = explains.explain(map(record_files.read, paths), settings.hotkey, written)
+    if not data["rounds"]:
+        seen = explains.everybody(map(record_files.read, paths))
+        one = explains.meant(settings.hotkey, seen)
+        if len(one) != 1:
+            return _nobody(settings, data, one or seen, several=bool(one))
+        lines, data = explains.explain(map(record_files.read, paths), one[0].hotkey, written)
+        lines = [one[0].name, *lines]
     if settings.json_output:
         _print_json(data)
     else:
         print("\n".join(lines))
     return 0
+
+
+_LISTED = 20
+"""Hotkeys that are named where none was found: a subnet has 256."""
+
+
+def _nobody(settings: ExplainSettings, data: Json, seen: Sequence[Seen], *, several: bool) -> int:
+    """Says whom one may ask about. Exit status: 1 for an address that these rounds do not name, 2 for what is none."""
+    from sn29.explain import is_address
+
+    found = is_address(settings.hotkey)
+    if settings.json_output and found:
+        _print_json(data)
+    why = "no commitment of this hotkey is in these rounds" if found else (
+        "more than one hotkey is meant" if several else "this is no ss58 address, and no hotkey or repository of these rounds"
+    )  # fmt: skip
+    more = [f"  and {len(seen) - _LISTED} more: `sn29 report` has them all"] if len(seen) > _LISTED else []
+    lines = [f"sn29 explain: {settings.hotkey!r}: {why}", "hotkeys of these rounds:", *(f"  {one}" for one in seen[:_LISTED])]
+    print("\n".join([clean(line) for line in (lines if seen else lines[:1])] + more), file=sys.stderr)
+    return 1 if found else 2
+
+
+_WITHOUT_ROUNDS = (
+    "the file's name says which competition it is for (these rounds have {}); a new competition has rounds once it is in force: "
+    "see `sn29 competitions check` now, and rehearse it with `sn29 localnet up` (docs/owner.md)"
+)
 
 
 def simulate(words: list[str]) -> int:
@@ -122,7 +166,24 @@ def simulate(words: list[str]) -> int:
     except (OSError, UnicodeDecodeError) as error:
         raise Rejected(Reason.COMPETITION_FILE, str(error)[:200], "a file of UTF-8 text", str(settings.file)) from None
     file = parse_file(settings.file.stem, text)
-    rounds = tuple(again.simulate(record_files.read_all(settings.rounds), file))
+    known: set[str] = set()
+    read_rounds = 0
+
+    def with_it() -> Iterator[RoundRecord]:
+        nonlocal read_rounds
+        for record in record_files.read_all(settings.rounds):
+            read_rounds += 1
+            known.update(record.competitions)
+            if file.name in record.competitions:
+                yield record
+
+    rounds = tuple(again.simulate(with_it(), file))
+    if skipped := read_rounds - len(rounds):
+        print(f"{skipped} of {read_rounds} rounds skipped: they have no {file.name}", file=sys.stderr)
+    if not rounds:
+        print(f"sn29 competitions simulate: no round has {file.name}, so there is nothing to compare it with", file=sys.stderr)
+        print(f"  what to do: {_WITHOUT_ROUNDS.format(', '.join(sorted(known)))}", file=sys.stderr)
+        return 1
     if settings.json_output:
         _print_json([asdict(r) | {"refused": {h: str(e) for h, e in r.refused.items()}} for r in rounds])
     else:
@@ -186,7 +247,8 @@ def _told_simulated(rounds: Sequence[again.Simulated]) -> list[str]:
         then, instead = mean([r.then for r in rounds], hotkey), mean([r.instead for r in rounds], hotkey)
         why = next((f"  not allowed: {r.refused[hotkey]}" for r in rounds if hotkey in r.refused), "")
         rows.append((-abs(instead - then), hotkey, f"  {hotkey}  {then:.6f} -> {instead:.6f}{why}"))
-    return [f"mean weight in {len(rounds)} rounds, then -> with the new file", *(row[2] for row in sorted(rows))]
+    number = f"{len(rounds)} round{'s' if len(rounds) > 1 else ''}"
+    return [f"mean weight in {number}, then -> with the new file", *(row[2] for row in sorted(rows))]
 
 
 def _print_json(value: Json) -> None:

@@ -39,7 +39,7 @@ def report(words: list[str]) -> int:
 
     snapshot = reader.read()
     for alarm in snapshot.alarms:
-        print(f"sn29 report: {alarm.level}: {alarm.sentence}", file=sys.stderr)
+        print(f"sn29 report: {alarm.level}: {alarm.sentence}; what to do: {alarm.advice}", file=sys.stderr)
     if settings.json_output:
         print(json.dumps(site.everything(snapshot), indent=2, sort_keys=True, allow_nan=False))
     else:
@@ -51,17 +51,22 @@ def report(words: list[str]) -> int:
 
 
 def _reader(settings: ReportSettings) -> Reader:
-    """Raises Rejected(SETTING) where there is nothing to show."""
+    """Raises Unavailable where there is nothing to show, Rejected(SETTING) for records that are none."""
     from sn29 import record_files
     from sn29.report.snapshot import Reader
+    from sn29.telemetry import STATUS
 
     rules = _rules(settings)
     if settings.records:
         record_files.paths(settings.records)
         return Reader(None, settings.records, rules, settings.rounds)
     if not settings.state_dir.is_dir():
-        wanted = "the state folder of a validator that has run, or round records"
-        raise Rejected(Reason.SETTING, f"no folder {settings.state_dir}", wanted, "--state.dir")
+        why = "no such folder; name the state folder of a validator that has run with --state.dir, or round records"
+        raise Unavailable(str(settings.state_dir), why)
+    kept = (STATUS, "store.db", record_files.FOLDER)
+    if not settings.serve and not any((settings.state_dir / name).exists() for name in kept):  # what is served may come yet
+        why = "no validator or miner has run with it; start one, or name its folder with --state.dir, or round records"
+        raise Unavailable(str(settings.state_dir), why)
     return Reader(settings.state_dir, (), rules, settings.rounds, settings.weights_alarm_epochs)
 
 
@@ -130,7 +135,7 @@ def _write(path: Path, page: str) -> None:
             Path(part).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise Unavailable(str(path), error.strerror or str(error)) from None
+        raise Unavailable(str(path), f"{error.strerror or error}; name a file that can be written with --out") from None
 
 
 def _serve(settings: ReportSettings, reader: Reader) -> int:

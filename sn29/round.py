@@ -72,10 +72,13 @@ from sn29.rules.selection import (
 )
 from sn29.rules.sequential import Bar, bar_of, measuring_order, settled_before
 from sn29.store import LossesOfAnother, Standing, Unanswered
-from sn29.telemetry import about, bug, note, stage, tell
+from sn29.telemetry import about, bug, note, stage, tell, warn
 
 WAITS = 2
 """Rounds of a week that one hotkey may hold up, and places that one model may have in vain before it waits behind others."""
+
+_AHEAD_BLOCKS = 7_200
+"""A day of 12 s blocks: a record of a later block than that is waited for no more, as of a node that lags."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +158,10 @@ async def plan_round(ports: Ports, rules: Rules, *, catch_up: int, since: int = 
     lengths = {name: rules.at(name, 0).samples.window_blocks for name in rules.files}  # the same at every block
     finalized = await ports.chain.finalized()
     note(next_window=min((finalized.block // length + 1) * length for length in lengths.values()))
-    upto = finalized.block if last is None else min(finalized.block, last)
     done = ports.store.last_finished()
-    block = next_round(lengths, upto, max(done or 0, since - 1) if since else done, catch_up)
-    if block is None:
+    # catch_up counts from the chain's own block: what it leaves out is not brought back by being judged by other rules
+    block = next_round(lengths, finalized.block, max(done or 0, since - 1) if since else done, catch_up)
+    if block is None or (last is not None and block > last):
         return None
     for opened in ports.store.open_rounds():  # only while it is due, and never under other rules than it was opened under
         if opened.block >= block and opened.plan["rules"] == dict(rules.hashes):
@@ -202,8 +205,12 @@ async def begin_with(ports: Ports, record: RoundRecord, losses: LossesOfAnother 
 
 
 async def check_record(ports: Ports, record: RoundRecord) -> None:
-    """That a record is of this chain, and gives its own bits. Raises Rejected(RECORD)."""
+    """That a record is of this chain, and gives its own bits. Raises Rejected(RECORD), Unavailable."""
     where = f"record of block {record.head.block}"
+    final = (await ports.chain.finalized()).block
+    if record.head.block > final + _AHEAD_BLOCKS:
+        limit = f"at most {final + _AHEAD_BLOCKS}, a day ahead of the node: is the record of this network, the node up to date?"
+        raise Rejected(Reason.RECORD, f"block {record.head.block}", limit, where)
     for seed in (record.head, *(kept.window.seed for kept in record.competitions.values())):
         if seed.block > record.head.block:
             raise Rejected(Reason.RECORD, f"a window of block {seed.block}", f"at most {record.head.block}", where)
@@ -225,8 +232,12 @@ async def _claims_on_chain(ports: Ports, record: RoundRecord) -> tuple[dict[str,
     entries those that the chain shows.
 
     A commitment that stands now, with the digest of the entry's content, counts from its own block; from the entry's, if that
-    is earlier, when the chain shows the same digest there. That takes a node which keeps the state of that block. A model id
-    that another one committed to as well belongs to whoever the Hub shows it to in the first round.
+    is earlier, when the chain shows the same digest there. A model id that another one committed to as well belongs to whoever
+    the Hub shows it to in the first round. Raises Unavailable: an archive that is away for a moment must cost nobody an age.
+
+    Where the nodes have forgotten the entry's block, its age is the record's word, but only if the digest that stands now is of
+    its content. Counting from the later commitment would give the model of anybody who committed to it twice to any stranger
+    who copied it between; the word can make a friend's copy older only for whom the operator trusts with the crowns as well.
     """
     finalized = (await ports.chain.finalized()).block
     shown = {finalized: await commitments_at(ports, finalized)}
@@ -234,27 +245,40 @@ async def _claims_on_chain(ports: Ports, record: RoundRecord) -> tuple[dict[str,
     entries = [(m, m.entry) for kept in record.competitions.values() for m in kept.models if m.entry is not None]
     claims: dict[str, tuple[int, str]] = {}
     seen: dict[tuple[str, str], int] = {}
-    pruned = ""
-    for model, entry in entries:
+    forgotten = on_word = lost = 0  # forgotten: a block; the older ones are so too, and are not asked for
+    for model, entry in sorted(entries, key=lambda one: -one[1].block):
         hotkey, name, mine = model.hotkey, model.outcome.model, digest(entry.content_id, model.hotkey)
         now = shown[finalized].get(hotkey)
         if now is None:
             continue
         block = now.block if now.digest == mine else None
-        if 0 < entry.block < now.block and not pruned:
-            try:
-                if entry.block not in shown:
+        if 0 < entry.block < now.block:
+            if entry.block > forgotten and entry.block not in shown:
+                try:
                     shown[entry.block] = await commitments_at(ports, entry.block)
-                then = shown[entry.block].get(hotkey)
-                block = entry.block if then and (then.block, then.digest) == (entry.block, mine) else block
-            except Unavailable as error:
-                pruned = f"; the others' older blocks were not asked for ({error})"
+                except Unavailable as error:
+                    if not error.forgotten:
+                        raise
+                    forgotten = entry.block
+            then = shown[entry.block].get(hotkey) if entry.block > forgotten else None
+            if entry.block <= forgotten and block is not None:
+                tell("claims", f"that it claims {name} since block {entry.block} is the record's word", hotkey=hotkey)
+                block, on_word = entry.block, on_word + 1
+            elif entry.block <= forgotten:
+                lost += 1
+            elif then and (then.block, then.digest) == (entry.block, mine):
+                block = entry.block
         if block is not None:
             seen[hotkey, mine] = block
             claims[entry.content_id] = min((block, hotkey), claims.get(entry.content_id, (block, hotkey)))
             if isinstance(now, Commitment) and (now.digest, str(now.model), named[name]) == (mine, name, 1):
                 claims[name] = (block, hotkey)
-    tell("claims", f"{len(seen)} of the record's {len(entries)} claims are taken over, which the chain shows{pruned}")
+    shows = "" if forgotten else ", which the chain shows"
+    tell("claims", f"{len(seen)} of the record's {len(entries)} claims are taken over{shows}")
+    if forgotten:
+        what = f"no node that was asked keeps the state of block {forgotten} and before: since when {on_word} models are claimed"
+        how = f"is the record's word alone, and {lost} claims are left out"
+        warn("claims", f"{what} {how}. To have both shown start with --subtensor.archives, and with a new --state.dir")
     return claims, seen
 
 
@@ -353,6 +377,7 @@ def _say_scores(record: RoundRecord) -> None:
     for mechanism, weights in record.weights.items():
         shares = {hotkey: f"{weight:.4f}" for hotkey, weight in weights.by_hotkey.items()}
         what = f"round of block {record.head.block} decided{f' for mechanism {mechanism}' if mechanism else ''}"
+        what += "" if shares else ": there is nobody to pay, so nothing is set on chain"
         tell("weights", what, **shares)
 
 

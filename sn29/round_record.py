@@ -42,6 +42,9 @@ _NEW_OF_MODELS: Mapping[int, Mapping[str, str]] = {4: {"tensor_digest": "", "res
 MAX_BYTES = 64 * 2**20
 """Longest text that is read, in bytes: room for 3.4 million losses, 200 times a round of 10 models and 1,500 samples."""
 
+_TOO_LARGE = 2**53
+"""No count and no block comes near; from there on other readers of JSON round whole numbers, and a store takes none of 2**63."""
+
 Json = Any
 """A JSON value that only its owner understands. Its floats are finite."""
 Nats = Annotated[float, "+inf is null"]
@@ -130,6 +133,8 @@ class CompetitionRecord:
                 _refuse(f"{len(m.losses)} losses of who was stopped", f"1 to {wanted - 1} (status {m.outcome.status})", where)
             if not m.stopped and len(m.losses) != wanted:
                 _refuse(f"{len(m.losses)} losses", f"{wanted} (status {m.outcome.status})", where)
+            if m.num_tokens < 0:
+                _refuse(f"{m.num_tokens} tokens", "0 or more", where)
             if m.evaluated and m.entry is None:
                 _refuse("no entry", "an entry of every model that was evaluated", where)
             if not all(loss >= 0 for loss in m.losses):
@@ -352,6 +357,8 @@ def _of_type(kind: type, value: Json, where: str) -> Any:
     if type(value) is not kind:  # isinstance would take true for 1
         names = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number with a point"}
         _refuse(json.dumps(value)[:80], names.get(kind, kind.__name__), where)
+    if isinstance(value, int) and abs(value) >= _TOO_LARGE:
+        _refuse(json.dumps(value)[:80], f"a whole number below {_TOO_LARGE:,}", where)
     return value
 
 

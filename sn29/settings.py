@@ -37,6 +37,9 @@ from pydantic_settings.exceptions import SettingsError
 from sn29.errors import Reason, Rejected, WrongUsage
 
 DEFAULT_HUB = "https://huggingface.co"
+COMPETITIONS = "competitions/*.yaml"
+"""Stands for the names of the competitions that have a file here, where values of a flag are listed."""
+_RULES = ("oldest_holder", "pairwise_epsilon", "champion")
 CONFIG_FILE = "sn29.yaml"
 """Read from the working directory where no other is named."""
 _ADDRESS = "subtensor.chain_endpoint"
@@ -68,11 +71,12 @@ def _flag(
     old: tuple[str, ...] = (),
     secret: bool = False,
     said: str = "",
+    values: tuple[str, ...] = (),
 ) -> Any:
     """A setting: the flags that name it, the first one shown first, and its bounds.
 
     variables: what others call it in the environment; old: the same, with a notice. A secret is never shown. said: the default
-    in words, where it is another one on other machines.
+    in words, where it is another one on other machines. values: what completion offers, where more than these can be given.
     """
     return Field(
         default,
@@ -81,7 +85,14 @@ def _flag(
         ge=ge,
         le=le,
         repr=not secret,
-        json_schema_extra={"about": description, "variables": [*variables], "old": [*old], "secret": secret, "said": said},
+        json_schema_extra={
+            "about": description,
+            "variables": [*variables],
+            "old": [*old],
+            "secret": secret,
+            "said": said,
+            "values": [*values],
+        },
     )
 
 
@@ -134,7 +145,7 @@ class _Settings(BaseSettings):
     @classmethod
     def _is_finite(cls, value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError("must be a finite number")
+            raise ValueError("a finite number")
         return value
 
     @model_validator(mode="after")
@@ -213,6 +224,7 @@ class NeuronSettings(_Settings):
         "finney", "finney, test, local (a node on this machine), localnet (embedded), or a ws:// address",
         "subtensor.network", _ADDRESS, "network", "n",
         variables=("BT_NETWORK",), old=("BT_SUBTENSOR_CHAIN_ENDPOINT", "BT_SUBTENSOR_NETWORK"),
+        values=("finney", "test", "local", "localnet"),
     )  # fmt: skip
     fallbacks: tuple[str, ...] | None = _flag(
         None, "ws:// addresses to go on with when the network's own fails; `none` for none; default: the network's own spares",
@@ -295,7 +307,7 @@ class ValidatorSettings(NeuronSettings):
 class TrainingSettings(_Settings):
     """A training run: the model, the text, the recipe. Shared by the miner and `sn29 train`."""
 
-    competition: str = _flag("c00", "competition to train for", "competition")
+    competition: str = _flag("c00", "competition to train for", "competition", values=(COMPETITIONS,))
     work_dir: Path = _flag(Path("~/.sn29/miner"), "folder of checkpoints, text and state", "work.dir")
     start: str = _flag(
         "", "what to train on from: a checkpoint's folder, NAMESPACE/NAME@REVISION on the Hub, or `champion`; default: fresh "
@@ -486,7 +498,7 @@ class CheckSettings(_Settings):
     model_config = SettingsConfigDict(cli_prog_name="sn29 check")
 
     model: CliPositionalArg[str] = Field(description="folder with config.json and *.safetensors, or REPO@REVISION on the Hub")
-    competition: str = _flag("", "c00, or the path of a competition file", "competition")
+    competition: str = _flag("", "c00, or the path of a competition file", "competition", values=(COMPETITIONS,))
     competitions_dir: Path = _flag(Path("competitions"), "folder where c00 is looked up", "competitions.dir")
     at: int = _flag(0, "block whose rules are asked for; 0 = before every change of the file", "at")
     tokenizer: Path | None = _flag(None, "tokenizer.json of the competition, if its Hub is not to be asked", "tokenizer")
@@ -593,9 +605,11 @@ class IncentiveSettings(_Settings):
 
     model_config = SettingsConfigDict(cli_prog_name="sn29 simulate incentive")
 
-    rule: str = _flag("all", "oldest_holder, pairwise_epsilon, champion, or all", "rule")
+    rule: str = _flag("all", "oldest_holder, pairwise_epsilon, champion, or all", "rule", values=(*_RULES, "all"))
     attack: str = _flag("all", "a kind of scene (copies, improvement, ...), a part of a scene's name, or all", "attack")
-    competition: str = _flag("c00", "competition whose own rule is played with the fields of its file", "competition")
+    competition: str = _flag(
+        "c00", "competition whose own rule is played with the fields of its file", "competition", values=(COMPETITIONS,)
+    )
     competitions_dir: Path = _flag(Path("competitions"), "folder of the competition files", "competitions.dir")
     runs: int = _flag(40, "runs of a scene; a quarter for rules without memory, a tenth for five validators", "runs")
     days: int = _flag(30, "days of a run, of 20 windows of 360 blocks", "days")
@@ -616,7 +630,9 @@ class DataSettings(_Settings):
     )
     column: str = _flag("", "column of the texts; default: text, or the competition's", "column")
     tokenizer: Path | None = _flag(None, "tokenizer.json to count tokens with", "tokenizer")
-    competition: str = _flag("", "look at this competition's data sets too, and count with its tokenizer", "competition")
+    competition: str = _flag(
+        "", "look at this competition's data sets too, and count with its tokenizer", "competition", values=(COMPETITIONS,)
+    )
     competitions_dir: Path = _flag(Path("competitions"), "folder of the competition files", "competitions.dir")
     max_documents: int = _flag(100_000, "documents of each source that are looked at; 0 = all", "max-documents", ge=0)
     seed: int = _flag(0, "seed of the order of the documents", "seed")
@@ -696,7 +712,7 @@ class ReplaySettings(_Settings):
     model_config = SettingsConfigDict(cli_prog_name="sn29 replay")
 
     record: CliPositionalArg[Path] = Field(description="a round record, or one written by hand")
-    rule: str = _flag("", "score with this rule instead: oldest_holder, pairwise_epsilon or champion", "rule")
+    rule: str = _flag("", "score with this rule instead: oldest_holder, pairwise_epsilon or champion", "rule", values=_RULES)
     competitions: Path | None = _flag(None, "score by the competition files of this folder instead", "competitions")
     json_output: bool = _flag(False, "print the answer as JSON", "json")
 
@@ -736,7 +752,7 @@ class StoreCompactSettings(StoreSettings):
     @classmethod
     def _are_some(cls, value: int) -> int:
         if value == 1:
-            raise ValueError("must be 0 or at least 2")
+            raise ValueError("0, or at least 2")
         return value
 
 
@@ -769,7 +785,7 @@ class ExplainSettings(_Settings):
 
     model_config = SettingsConfigDict(cli_prog_name="sn29 explain")
 
-    hotkey: CliPositionalArg[str] = Field(description="ss58 address of the miner's hotkey")
+    hotkey: CliPositionalArg[str] = Field(description="the miner's hotkey, its beginning, or the owner of its repository")
     round: int | None = _flag(None, "only the round of this block", "round")
     state_dir: Path = _flag(_RECORDS, "state folder of a validator: its records are in the folder `records` there", "state.dir")
     records: Path | None = _flag(None, "folder with round records, or one record, instead", "records")
@@ -814,7 +830,7 @@ class ForecastSettings(_Settings):
     model_config = SettingsConfigDict(cli_prog_name="sn29 forecast")
 
     checkpoint: CliPositionalArg[str] = Field(description="folder of a model as save_pretrained writes it, or REPO@REVISION")
-    competition: str = _flag("", "competition that it is for, e.g. c00", "competition")
+    competition: str = _flag("", "competition that it is for, e.g. c00", "competition", values=(COMPETITIONS,))
     competitions_dir: Path = _flag(Path("competitions"), "folder of the competition files", "competitions.dir")
     records: Path | None = _flag(
         None, "folder of a validator's round records (or its state folder), or one record; needed", "records"
@@ -909,7 +925,9 @@ class SequentialSettings(_Settings):
 
     model_config = SettingsConfigDict(cli_prog_name="sn29 simulate sequential")
 
-    competition: str = _flag("c00", "competition whose rule is played with the fields of its file", "competition")
+    competition: str = _flag(
+        "c00", "competition whose rule is played with the fields of its file", "competition", values=(COMPETITIONS,)
+    )
     competitions_dir: Path = _flag(Path("competitions"), "folder of the competition files", "competitions.dir")
     runs: int = _flag(100, "seasons of each challenger", "runs")
     windows: int = _flag(12, "windows of a season", "windows")
@@ -934,8 +952,8 @@ AnySettings = TypeVar("AnySettings", bound=_Settings)
 
 
 def read(kind: type[AnySettings], arguments: list[str]) -> AnySettings:
-    """The settings of a program. Raises Rejected(SETTING) naming where it stands and both values, WrongUsage for flags that there
-    are not; `--help` exits.
+    """The settings of a program. Raises WrongUsage for a flag that there is not, an argument that is missing and a value that is
+    not allowed, Rejected(SETTING) for a file that cannot be read; both name where it stands and both values. `--help` exits.
 
     Says on standard error when a variable was used by a name of former years.
     """
@@ -953,11 +971,63 @@ def read_with_origins(kind: type[AnySettings], arguments: list[str]) -> tuple[An
     try:
         settings = kind(**{name: one.value for name, one in given.items()})
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        where = given[name].origin if name in given else f"--{name}"
-        raise Rejected(Reason.SETTING, first.get("input"), first["msg"], where) from None
+        raise _wrong_value(kind, error.errors()[0], given) from None
     return settings, {s.field: given[s.names[0]].origin if s.names[0] in given else "default" for s in settings_of(kind)}
+
+
+def _wrong_value(kind: type[_Settings], first: Mapping[str, Any], given: Mapping[str, Given]) -> WrongUsage:
+    """What pydantic found, in words: the setting as it was written, its value, the values that are allowed."""
+    name = str(first["loc"][0]) if first["loc"] else ""
+    where = given[name].origin if name in given else f"--{name}"
+    setting = next((one for one in settings_of(kind) if one.names[0] == name), None)
+    limit = str(first["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    wanted = next((words for start, words in _WANTED.items() if first["type"].startswith(start)), "")
+    if wanted and setting:
+        bounds = {f"{word} {end:g}" for one in setting.info.metadata for word, end in _bounds(one)}
+        limit = ", ".join(["a whole number" if setting.info.annotation is int else wanted, *sorted(bounds)])
+    elif first["type"] == "literal_error":
+        limit = limit.replace("'", "")
+    about = f" ({setting.extra['about']})" if setting else ""
+    got = "(hidden)" if setting and setting.extra["secret"] else first.get("input")
+    return WrongUsage(got, limit, where, advice=f"{where}{about} takes {limit}")
+
+
+_WANTED = {
+    "int_": "a whole number", "float_": "a number", "bool_": "true or false", "greater_": "a number", "less_": "a number"
+}  # fmt: skip
+"""How pydantic's names of mistakes begin, and what was wanted."""
+
+
+def _bounds(one: Any) -> Iterator[tuple[str, float]]:
+    for field, word in (("ge", "at least"), ("le", "at most")):
+        if (end := getattr(one, field, None)) is not None:
+            yield word, end
+
+
+def _wrong_words(kind: type[_Settings], said: str) -> WrongUsage:
+    """What the parser said of a command line, in words. What stands behind = is not repeated: it may be a token."""
+    program = str(kind.model_config.get("cli_prog_name"))
+    advice = f"`{program} --help` lists its flags and arguments"
+    kind_of_mistake, _, words = said.partition(": ")
+    if kind_of_mistake == "unrecognized arguments":
+        flag = next((word.partition("=")[0] for word in words.split() if word.startswith("-")), "")
+        known = [f"--{name}" for setting in settings_of(kind) for name in setting.names if len(name) > 1]
+        near = difflib.get_close_matches(flag, known, n=1)
+        said = f"no flag {flag}{f'; did you mean {near[0]}?' if near else ''}" if flag else f"{words}: more words than it takes"
+    elif kind_of_mistake == "the following arguments are required":
+        about = next((info.description for field, info in kind.model_fields.items() if field.upper() in words.split(", ")), "")
+        said = f"{words} is missing{f': {about}' if about else ''}"
+    elif words.startswith("expected "):
+        said = f"{kind_of_mistake.removeprefix('argument ')} stands without its value"
+    return WrongUsage(said, f"what {program} takes", said=said, advice=advice)
+
+
+def make_folder(path: Path, where: str) -> None:
+    """A folder that a setting names, if it is not there yet. Raises Rejected(SETTING) where it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Rejected(Reason.SETTING, f"{path}: {error.strerror}", "a folder that can be written to", where) from None
 
 
 def shown_value(setting: Setting, settings: _Settings) -> str:
@@ -976,7 +1046,7 @@ def _gathered(kind: type[_Settings], arguments: list[str]) -> dict[str, Given]:
         arguments, written = _as_written(kind, arguments)
         flags = CliSettingsSource(kind, cli_parse_args=arguments, cli_exit_on_error=False)()
     except SettingsError as error:
-        raise WrongUsage(str(error).splitlines()[0][:200], "flags that --help lists") from None
+        raise _wrong_words(kind, str(error).splitlines()[0].removeprefix("error parsing CLI: ")) from None
     given = {name: Given(value, written.get(name, f"--{name}")) for name, value in flags.items()}
     dotenv = _dotenv(kind)
     for place, variables in (("environment", os.environ), (".env", dotenv)):

@@ -1,4 +1,4 @@
-"""A round as the step log that operators of this subnet have sent to Weights & Biases since 2024, field by field.
+"""A round as the step log that operators of this subnet have sent to Weights & Biases since 2024, field by field, and when.
 
 Names are theirs; models are by uid. `original_format_json` is the whole of it as one text, as before. What no record has is left
 out: intermediate_size, and the pages of the data set, in whose place stand the ids of the samples. Losses are nats.
@@ -8,12 +8,57 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sn29.round_record import CompetitionRecord, ModelRecord, RoundRecord
 from sn29.rules.competition import competition_of
 from sn29.rules.scoring import win_matrix
+from sn29.store import Store
+
+
+class HeldSteps:
+    """Steps that wait until the chain shows the weights of their rounds, as `report.snapshot.Snapshot.revealed` has it: others
+    would copy them before. Each is a file in a folder, so that a restart loses none."""
+
+    def __init__(self, folder: Path, store: Store, log: Callable[[Mapping[str, Any], int], None]) -> None:
+        """log(values, step)."""
+        self._folder, self._store, self._log = folder, store, log
+
+    def hold(self, record: RoundRecord, step: Mapping[str, Any]) -> None:
+        """Raises OSError."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        part = self._folder / "part"
+        pays = any(weights.by_hotkey for weights in record.weights.values())
+        part.write_text(json.dumps({"pays": pays, "step": step}, allow_nan=False), encoding="utf-8")
+        part.replace(self._folder / f"{record.head.block:012d}.json")
+
+    def show(self) -> None:
+        """Logs what may be seen by now; in the order of rounds, since Weights & Biases drops a step after a later one.
+
+        Raises OSError.
+        """
+        for path in sorted(self._folder.glob("*.json")):
+            try:
+                held = json.loads(path.read_bytes())
+            except ValueError:  # cut short by a power failure
+                held = None
+            if held is not None:
+                if held["pays"] and int(path.stem) > self._shown_upto():
+                    return
+                self._log(held["step"], int(path.stem))
+            path.unlink()
+
+    def _shown_upto(self) -> float:
+        """The newest block of whose rounds, and of those before, the chain shows all weights."""
+        seen, theirs = self._store.chain_seen(), self._store.taken_over()
+        if seen is not None and seen.reveal_epochs == 0:
+            return math.inf
+        decided = {m: weights for m, weights in self._store.weights().items() if weights.block != theirs}
+        stands = {m: self._store.last_publication(m) for m in decided}
+        paying = [stood for m, stood in stands.items() if stood or decided[m].by_hotkey]
+        return min((stood[1].block if stood else -1 for stood in paying), default=-1)
 
 
 def step_log(record: RoundRecord, uids: Mapping[str, int], *, now: float, step_s: float) -> dict[str, Any]:

@@ -223,8 +223,8 @@ class ChainSeen:
     block_seconds: float
     epoch: int
     """Blocks."""
-    reveal_epochs: int
-    """Epochs until committed weights stand; 0 when they are set in the open."""
+    reveal_epochs: int | None
+    """Epochs until committed weights stand; 0 when they are set in the open, None while nobody has asked."""
 
 
 Say = Callable[[str, str], None]
@@ -240,7 +240,7 @@ class Store:
         say: is told of that. Raises Rejected(SETTING) for a file of another schema, and one that is no store.
         """
         if read_only and not path.exists():
-            raise Rejected(Reason.SETTING, f"no store at {path}", "the state folder of a validator that has run")
+            raise no_store(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             address = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}{'&immutable=1' if immutable else ''}"
@@ -766,6 +766,11 @@ def _import(db: sqlite3.Connection, losses: LossesOfAnother) -> None:
     _keep_tensor_digests(db, losses.tensor_digests)
 
 
+def no_store(path: Path) -> Rejected:
+    how = "run `sn29 validator` first, or name the folder of one that has run: --state.dir"
+    return Rejected(Reason.SETTING, f"no store at {path}", "the state folder of a validator that has run", advice=how)
+
+
 def _run(db: sqlite3.Connection, statements: str) -> None:
     """One after the other: `executescript` would end the transaction."""
     for statement in filter(str.strip, statements.split(";")):
@@ -835,7 +840,7 @@ def compact(path: Path, keep_rounds: int = 0, progress: Callable[[str], None] = 
     The caller holds the lock of the state folder. Raises Rejected(SETTING).
     """
     if not path.exists():
-        raise Rejected(Reason.SETTING, f"no store at {path}", "the state folder of a validator that has run")
+        raise no_store(path)
     store = Store(path)  # a file of an older schema is brought up to date first
     part = path.with_name(f".{path.name}.compact.part")
     try:

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from sn29 import record_files
 from sn29.errors import Reason, Rejected, Sn29Error
 from sn29.round_record import CompetitionRecord, RoundRecord, decode
-from sn29.settings import StoreCheckSettings, StoreCompactSettings, StoreExportSettings, read
-from sn29.store import Store, compact, reading
+from sn29.settings import StoreCheckSettings, StoreCompactSettings, StoreExportSettings, make_folder, read
+from sn29.store import Store, compact, no_store, reading
 
 STORE = "store.db"
 """Name of the store in a validator's state folder."""
@@ -45,9 +45,14 @@ class Finding:
     said: str
 
 
+def _looked_at(folder: Path) -> AbstractContextManager[Store]:
+    """Its store, beside a validator that may write it; on a read-only disk as it lies, because SQLite can put no files there."""
+    return reading(folder / STORE, briefly=not os.access(folder, os.W_OK))
+
+
 def check_store(words: list[str]) -> int:
     settings = read(StoreCheckSettings, words)
-    with reading(settings.state_dir / STORE) as store, store.snapshot(), _shown(quiet=settings.json_output) as progress:
+    with _looked_at(settings.state_dir) as store, store.snapshot(), _shown(quiet=settings.json_output) as progress:
         found = list(findings(store, settings.state_dir / record_files.FOLDER, progress))
     faults = [finding for finding in found if finding.is_fault]
     if settings.json_output:
@@ -161,7 +166,7 @@ def compact_store(words: list[str]) -> int:
 
     path = settings.state_dir / STORE
     if not path.exists():
-        raise Rejected(Reason.SETTING, f"no store at {path}", "the state folder of a validator that has run")
+        raise no_store(path)
     rule = f"a folder that nothing works in; this is process {os.getpid()}"
     with alone(settings.state_dir, "a `sn29 store compact`", rule) as lock, _shown() as progress:
         owner = path.stat()
@@ -233,9 +238,9 @@ COLUMNS = "columns.md"
 def export_store(words: list[str]) -> int:
     settings = read(StoreExportSettings, words)
     out = settings.out
-    with reading(settings.state_dir / STORE) as store, store.snapshot(), _shown(quiet=settings.json_output) as progress:
+    with _looked_at(settings.state_dir) as store, store.snapshot(), _shown(quiet=settings.json_output) as progress:
+        make_folder(out, "--out")
         try:
-            out.mkdir(parents=True, exist_ok=True)
             part = Path(tempfile.mkdtemp(prefix=".export-", dir=out))
             try:
                 written = dict(_write(store, part, settings.format, progress))

@@ -202,7 +202,7 @@ async def submit(
     if standing is not None and (standing.digest, standing.competition) == (digest, competition.name):
         tell("public", f"{standing.model} is committed to and can be seen already", hotkey=chain.hotkey, block=standing.block)
         return standing
-    conceal(repo, "(--repo)")  # nothing that is told or logged names a repository that nobody can see
+    conceal(repo, "(--repo)")  # nothing that is told or logged names it before the chain does
     await asyncio.to_thread(hub.create, repo, private=True)
     await asyncio.to_thread(hub.set_private, repo, True)
     try:
@@ -212,7 +212,6 @@ async def submit(
         await _show_what_stands(chain, hub, repo)
         raise
     await asyncio.to_thread(hub.set_private, repo, False)
-    reveal(repo)
     tell("public", f"{model} can be seen by everybody", hotkey=chain.hotkey)
     return Commitment(chain.hotkey, block, model, digest, competition.name)
 
@@ -369,6 +368,7 @@ async def _claim(chain: Chain, model: ModelId, digest: str, competition: Competi
         receipt = await chain.commit(seal)
         tell("sealed", f"the digest alone, for {competition.name}", hotkey=chain.hotkey, block=receipt.block)
     receipt = await chain.commit(data)
+    reveal(model.repo)  # a final block names it to everybody, while its files are still private
     tell("committed", f"{model} for {competition.name}", hotkey=chain.hotkey, block=receipt.block)
     return receipt.block
 

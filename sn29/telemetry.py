@@ -337,7 +337,8 @@ class Status:
     warnings: tuple[Warned, ...] = ()
     """The last MAX_WARNINGS, oldest first."""
     starts: tuple[float, ...] = ()
-    """When the last MAX_STARTS processes of this folder began, this one among them, oldest first."""
+    """When the last MAX_STARTS processes of this folder began that did not stay up, and this one, oldest first. One that ended
+    as it was asked to, or was refused for its settings, is not among them: `leave_status`."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), default=str, allow_nan=False)
@@ -401,6 +402,10 @@ class _Board:
             self._status = replace(self._status, **changes)
             self._write(now=now)
 
+    def end(self, why: str, *, forget: bool) -> None:
+        starts = self._status.starts[:-1] if forget else self._status.starts
+        self.change(stage=STOPPED, done=0, of=0, detail=why, round=None, starts=starts, now=True)
+
     def count(self, event: str, warned: Warned | None) -> None:
         with self._lock:
             self._counters[event] += 1
@@ -452,11 +457,12 @@ def keep_status(path: Path, program: str) -> None:
     _board.change(now=True)
 
 
-def leave_status(why: str = "") -> None:
-    """The file says that the program has ended, and why if it was not asked to."""
+def leave_status(why: str = "", *, settled: bool = False) -> None:
+    """The file says that the program has ended, and why if it was not asked to. This start is forgotten where it was asked to,
+    and where the end is settled, as by a setting that is refused: it is no sign of a program that does not stay up."""
     global _board
     if _board is not None:
-        _board.change(stage=STOPPED, done=0, of=0, detail=_line(clean(why)), round=None, now=True)
+        _board.end(_line(clean(why)), forget=settled or not why)
     _board = None
 
 

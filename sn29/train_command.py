@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
-from sn29.settings import TrainSettings, read
+from sn29.settings import TrainSettings, make_folder, read
 
 if TYPE_CHECKING:
     from neurons.training import Watch
@@ -127,7 +127,7 @@ def _recorded_samples(settings: TrainSettings) -> frozenset[str]:
 @contextmanager
 def _alone(folder: Path, world: World) -> Iterator[None]:
     """A lock that ends with the process. Raises Rejected(SETTING) when another run works in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--work.dir")
     with (folder / "lock").open("w") as stream:
         if world.is_first:
             try:

@@ -2,7 +2,8 @@
 
     newest two     of the other's records. If the newest is of the round that is due, what is remembered (crowns, weights) comes
                    from the one before it, and the newest one's losses let this validator judge that round itself, at once.
-                   Else it begins from the newest alone: no round would ask for its losses
+                   Else it begins from the newest alone: no round would ask for its losses. So it does where the round was judged
+                   by other files or software than ours, and leaves the open window to those who know by what it is judged
     rows           models whose losses the record holds, whose commitment stands on chain, that the Hub still serves and our own
                    rules admit
     drawn          cells (model x text) of all rows, by a secret of this store: the same ones every time, and nobody else knows
@@ -16,9 +17,10 @@
                    of the round does not tell it from its own, `sn29 store check` does
 
 The draw finds a share f of wrong cells (of all of them) but with probability (1 - f)^n, n cells being drawn: of 200 cells, 1 % of
-wrong ones go unseen with 13 %, 2 % with 1.8 %, 5 % with 0.004 %. A few wrong ones that look like any other are so not found, and
-count in one window. What a scoring rule remembers is taken on trust (`round.begin_with`), which moves a crown in an easier way:
-whom an operator names here, it trusts.
+wrong ones go unseen with 13 %, 2 % with 1.8 %, 5 % with 0.004 %. A few wrong ones that look like any other are so not found. They
+count in one window, but what it leaves stays: a crown that they move under `champion`, and this window's part of the weights that
+are carried on. What a scoring rule remembers is taken on trust besides (`round.begin_with`), which moves a crown in an easier
+way: whom an operator names here, it trusts.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 from sn29 import record_files
+from sn29.audit import first_difference
 from sn29.errors import Reason, Rejected, Unavailable
 from sn29.examination import Entrant, Ports, Rules, inspect
 from sn29.measurement import measure_again, profile_of, tokenizer_id_of
@@ -51,6 +55,8 @@ float32 what the engine's own tests allow between profiles, for bfloat16 a guess
 _ODD = 4.0
 """Factor between a cell's nats a byte and its row's median from which on it is measured, drawn or not."""
 _SHARES = (0.01, 0.05)
+_SOFTWARE = ("sn29", "torch", "transformers", "tokenizers", "numpy")
+"""Whatever moves a loss or a weight: as `changeover.software`, whose rules and engine a record names by their package."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,11 @@ async def warm_start(ports: Ports, rules: Rules, named: Sequence[Path], *, cells
         )
         tell("warm_start", f"{path} {why}: begun from without its losses, which no round would ask for")
         return await begin_with(ports, newest)
+    if others := _differences(rules, newest):
+        what = f"{path} was judged by other rules than are here, named second ({'; '.join(others)})"
+        how = "begun from without its losses: the window that is open is left to those who judge it by the former"
+        warn("warm_start", f"{what}: {how}", block=due)
+        return await begin_with(ports, newest)
     for record in (newest, before):
         await check_record(ports, record)
     stage("measuring", detail=f"a sample of the losses of {path}")
@@ -140,6 +151,27 @@ def _newest(named: Sequence[Path]) -> tuple[RoundRecord, Path, RoundRecord | Non
     return record, path, None
 
 
+def _differences(rules: Rules, record: RoundRecord) -> list[str]:
+    """What a round was judged by that is not so here, each as `name theirs -> ours`."""
+    found = []
+    for name in sorted({*record.competitions, *rules.files}):
+        kept, ours = record.competitions.get(name), rules.hashes.get(name)
+        theirs = kept.file_sha256 if kept is not None else None
+        if theirs == ours:
+            continue
+        found.append(f"file of {name} {(theirs or 'none')[:12]} -> {(ours or 'none')[:12]}")
+        if kept is not None and name in rules.files:
+            competition = rules.at(name, kept.window.seed.block).model_dump(mode="json")
+            change = first_difference(kept.parameters, competition, name)
+            found += [f"{change.what} {change.first} -> {change.second}"] if change is not None else []
+    change = first_difference(record.hall_of_fame, rules.hall_of_fame.model_dump(mode="json"), "hall of fame")
+    found += [f"{change.what} {change.first} -> {change.second}"] if change is not None else []
+    pairs = ((name, record.versions.get(name, "none"), version(name)) for name in _SOFTWARE)
+    # without the build that a local part names: 2.9.0+cu126 and 2.9.0+cu128 are the same code
+    found += [f"{name} {old} -> {new}" for name, old, new in pairs if old.partition("+")[0] != new.partition("+")[0]]
+    return found
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -151,9 +183,6 @@ async def _rows(ports: Ports, rules: Rules, record: RoundRecord, path: Path) -> 
     found: dict[tuple[str, str], _Row] = {}
     trouble = ""
     for name, kept in sorted(record.competitions.items()):
-        if name not in rules.files:
-            warn("warm_start", f"{name} is no competition here: its losses are left out")
-            continue
         competition, window = rules.at(name, kept.window.seed.block), kept.window
         samples, _ = await asyncio.to_thread(window_samples, ports.dataset, competition, window)
         ours, theirs = [s.id for s in samples], [s.id for s in kept.samples]
@@ -207,10 +236,11 @@ def _drawn(rows: Sequence[_Row], seed: str, cells: int) -> dict[int, list[int]]:
 
 
 async def _check(ports: Ports, rows: list[_Row], drawn: dict[int, list[int]], block: int, path: Path) -> dict[int, str] | None:
-    """The digest of the tensors of each row that was measured; one that cannot be measured now is left out. None where this
-    machine computes otherwise, and where there is no row.
+    """The digest of the tensors of each row that was measured; one that cannot be measured is left out: its owner may have
+    closed the repository just now, which says nothing of the record. None where this machine computes otherwise, and where
+    there is no row.
 
-    Raises Rejected(RECORD) at the first cell that no machine gives, Unavailable when none could be measured.
+    Raises Rejected(RECORD) at the first cell that no machine gives, Unavailable when none could be measured for now.
     """
     digests, trouble = dict[int, str](), None
     for number, places in _to_measure(rows, drawn).items():
@@ -218,11 +248,9 @@ async def _check(ports: Ports, rows: list[_Row], drawn: dict[int, list[int]], bl
         where = f"{path}: {row.competition.name}: {hotkey}"
         try:
             found = await measure_again(ports, row.competition, row.entrant, tuple(row.samples[p] for p in places), block)
-        except Rejected as error:
-            raise Rejected(Reason.RECORD, f"losses of {row.model.outcome.model}", f"none: {error}", where) from None
-        except Unavailable as error:
+        except (Rejected, Unavailable) as error:
             warn("warm_start", f"its losses are left out: they cannot be checked now ({error})", hotkey=hotkey)
-            trouble = error
+            trouble = error if isinstance(error, Unavailable) else trouble
             continue
         if row.model.tensor_digest not in ("", found.tensor_digest):
             raise Rejected(Reason.RECORD, f"tensors {row.model.tensor_digest}", f"{found.tensor_digest}, read here", where)

@@ -6,8 +6,10 @@ import ast
 import asyncio
 import hashlib
 import re
+import sqlite3
 import threading
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from sn29.errors import Rejected
 from sn29.examination import Machine, Ports, Rules
 from sn29.hub import Hub
 from sn29.records import Head
-from sn29.round import plan_round, run_round
+from sn29.round import Plan, plan_round, run_round
 from sn29.round_record import RoundRecord
 from sn29.settings import ValidatorSettings, read
 from sn29.store import ChainSeen, Store
@@ -86,6 +88,8 @@ def test_new_files_inside_a_window_hold_from_the_next_one_on(store, events):
 
 
 def test_a_round_that_was_missed_is_judged_by_what_held_at_its_block(store):
+    judged(store, 1010)
+    finish(store, 1000)
     judged(store, 2010)
     store.open_round(2000, {"rules": dict(parse(OLD).hashes)})
     judged(store, 2500, NEW)
@@ -94,7 +98,21 @@ def test_a_round_that_was_missed_is_judged_by_what_held_at_its_block(store):
     assert judged(store, 3100, NEW) == ("new", 3000, None)
 
 
+@pytest.mark.parametrize("catch_up", [1, 2])
+def test_a_round_that_catch_up_leaves_out_stays_out_whatever_would_judge_it(store, catch_up):
+    """New files came while a round was open; the machine was off for twenty windows then."""
+    judged(store, 1010)
+    finish(store, 1000)
+    store.open_round(2000, {"rules": dict(parse(OLD).hashes)})
+    assert judged(store, 2500, NEW) == ("old", 0, 2999)
+    note(store, 23_500, NEW, HERE, parse)
+    found = due(store, 23_500, HERE, catch_up, parse, set())
+    assert (found.rules.hashes, found.since, found.last) == (parse(NEW).hashes, 3000, None)
+
+
 def test_what_is_taken_back_before_its_block_never_held(store, events):
+    judged(store, 1010)
+    finish(store, 1000)
     judged(store, 2010)
     store.open_round(2000, {})
     judged(store, 2500, NEW)
@@ -108,16 +126,37 @@ def test_what_is_taken_back_before_its_block_never_held(store, events):
     assert judged(store, 4000, THIRD) == ("third", 4000, None)
 
 
-def test_who_was_away_for_longer_than_a_window_leaves_the_open_one_out(store, events):
-    """Whether the others got the new files before its block or after it cannot be known."""
+@pytest.mark.parametrize("back", [3010, 3900, 9100])
+def test_who_did_not_look_since_the_newest_round_block_leaves_that_round_out(store, events, back):
+    """Whether the others got the new files before its block or after it cannot be known, however short it was away."""
     judged(store, 2010)
     finish(store, 2000)
-    assert judged(store, 9100, NEW) == ("new", 10_000, None)
+    judged(store, 2999)
+    following = (back // 1000 + 1) * 1000
+    assert judged(store, back, NEW) == ("new", following, None)
     assert [sentence for event, sentence in events if event == "rules"] == [
-        "new rules (c00.yaml has another text) take effect from block 10000 on: by which ones others judge the window that is"
-        " open cannot be known here, after more than a window: it is left out"
+        f"new rules (c00.yaml has another text) take effect from block {following} on: nobody looked here since the newest round"
+        " block, so whether others had them before it is not known: it is left out"
     ]
-    assert judged(store, 10_000, NEW) == ("new", 10_000, None)
+    assert judged(store, following, NEW) == ("new", following, None)
+
+
+def test_who_looked_since_the_newest_round_block_judges_its_round_by_the_rules_of_before(store):
+    judged(store, 2010)
+    finish(store, 2000)
+    judged(store, 3001)
+    assert judged(store, 3010, NEW) == ("old", 0, 3999)
+
+
+def test_with_windows_of_two_lengths_new_rules_hold_from_the_shorter_one_s_next_block_on(store):
+    """Inside the longer window too: everywhere from the same block on."""
+    both = {**OLD, "c01.yaml": THIRD["c01.yaml"].replace("window_blocks: 1000", "window_blocks: 3000")}
+    assert both["c01.yaml"] != THIRD["c01.yaml"]
+    for block in (3010, 4010):
+        note(store, block, both, HERE, parse)
+        store.keep_chain_seen(ChainSeen(block, 0.0, 12.0, 360, 0))
+    note(store, 4500, {**both, **NEW}, HERE, parse)
+    assert [kept.since for kept in store.rules_kept()] == [0, 5000], "c01's window is 3000 to 5999"
 
 
 def test_other_software_waits_for_its_block_and_says_which(store, events):
@@ -268,6 +307,64 @@ class HeldHub(Hub):
         self.asked.set()
         assert self.go_on.wait(60)
         return super().listing(*words, **more)
+
+
+def test_a_round_before_the_last_that_may_be_judged_is_planned_only_while_it_is_due(subnet):
+    """As `due`: one that --catch-up leaves out is not brought back by a bound."""
+    store = Store(subnet.folder / "bounded" / "store.db")
+    subnet.next_window()
+    first = subnet.ledger.head() // WINDOW * WINDOW
+    finish(store, first)
+    for _ in range(4):
+        subnet.next_window()
+
+    async def planned(last: int) -> Plan | None:
+        async with subnet.chain("validator") as chain:
+            hub = Hub(subnet.hub.endpoint, timeout_s=2, attempts=1, pause_s=0.05)
+            machine = Machine(subnet.folder / "models", subnet.folder / "records", "cpu", "float32", 1, 120, 60)
+            folder = subnet.folder / "competitions"
+            tokenizers = Tokenizers(hub, subnet.folder / "tokenizers")
+            ports = Ports(chain, hub, store, dataset_of(hub, folder), tokenizers, machine, subnet.evaluator)
+            return await plan_round(ports, parse(OLD), catch_up=2, last=last)
+
+    assert asyncio.run(planned(first + 2 * WINDOW - 1)) is None
+    found = asyncio.run(planned(first + 4 * WINDOW - 1))
+    assert found is not None
+    assert found.block == first + 3 * WINDOW
+    store.close()
+
+
+def test_whatever_fails_while_the_rules_are_looked_at_ends_nothing(subnet, events):
+    """Here the store's file; as well a stale handle of a network's disk."""
+    path = subnet.folder / "failing" / "store.db"
+    store, hub = Store(path), Hub(subnet.hub.endpoint, timeout_s=2, attempts=1, pause_s=0.05)
+    folder = subnet.folder / "competitions"
+    settings = read(ValidatorSettings, ["--network", "localnet", "--competitions.dir", str(folder)])
+
+    def rename(old: str, new: str) -> None:
+        with closing(sqlite3.connect(path)) as other, other:
+            other.execute(f"alter table {old} rename to {new}")
+
+    async def story() -> None:
+        async with subnet.chain("validator") as chain:
+            machine = Machine(path.parent / "models", path.parent / "records", "cpu", "float32", 1, 120, 60)
+            tokenizers = Tokenizers(hub, path.parent / "tokenizers")
+            ports = Ports(chain, hub, store, dataset_of(hub, folder), tokenizers, machine, subnet.evaluator)
+            noted, done = NotedRules(ports, RulesReader(settings), HERE, asyncio.Lock()), asyncio.Event()
+            rename("rules", "gone")
+            watching = asyncio.create_task(noted.watch(done, 0.05))
+            async with asyncio.timeout(60):
+                while "bug" not in [event for event, _ in events] and not watching.done():
+                    await asyncio.sleep(0.05)
+                rename("gone", "rules")
+                while not store.rules_kept() and not watching.done():
+                    await asyncio.sleep(0.05)
+            done.set()
+            await watching
+
+    asyncio.run(story())
+    assert [kept.since for kept in store.rules_kept()] == [0]
+    store.close()
 
 
 def test_files_that_come_during_a_round_are_noted_when_they_come(subnet, model):

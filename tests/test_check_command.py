@@ -215,4 +215,4 @@ def test_reasons_are_printed_as_a_table(capsys):
     assert main(["reasons"]) == 0
     told = capsys.readouterr().out
     assert all(f"| `{reason.code}` | {reason.sentence} | {reason.advice} |" in told for reason in Reason)
-    assert main(["reasons", "x"]) == 1
+    assert main(["reasons", "x"]) == 2

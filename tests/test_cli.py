@@ -122,10 +122,9 @@ def test_check_with_the_fixed_tokenizer_of_c00(make_checkpoint):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["check", "nowhere", "--competition", "c99"], ["c99", "c00"]),
+        (["check", ".", "--competition", "c99"], ["c99", "c00"]),
         (["check", "nowhere", "--competition", "c01"], ["nowhere"]),
-        (["check", "nowhere", "--competition", "no.yaml"], ["no.yaml"]),
-        (["validator", "--netuid", "x"], ["--netuid", "x"]),
+        (["check", ".", "--competition", "no.yaml"], ["no.yaml"]),
         (["validator", "--wallet.path", "nowhere", "--network", "localnet", "--localnet.dir", "nowhere"], ["nowhere"]),
         (["validator", "--wallet.path", "nowhere", "--network", "finney"], ["c00.yaml", "dataset.revision", "finney"]),
         (["miner", "--competition", "c00"], ["--repo", "namespace/name"]),
@@ -145,6 +144,7 @@ def test_bad_input_is_one_clear_line_and_exit_1(words, named):
     [
         (["check"], "MODEL"),
         (["validator", "--nope"], "--nope"),
+        (["validator", "--netuid", "x"], "--netuid"),
         (["miner", "--steps"], "--steps"),
         (["validator", "word"], "word"),
         (["config", "mner"], "mner"),
@@ -216,3 +216,4 @@ def test_a_group_of_commands_says_what_is_in_it():
     missed = sn29("lab", "none")
     assert missed.returncode == 2
     assert "no command 'lab none'" in missed.stderr
+    assert len(missed.stderr.splitlines()) == 1

@@ -68,6 +68,17 @@ def test_commands_flags_choices_and_files_are_offered(scripts, shell, tmp_path):
     assert "mine.yaml" in ask("validator", "--config", "min")
     assert ask("validator", "--wallet.name", "mi") == [], "a name is no file"
     assert ask("config", "miner", "--sea") == ["--sealed"]
+    assert {"validator", "lab", "store"} <= set(ask("config", "")), "what has settings"
+    assert not {"config", "completion", "reference", "reasons"} & set(ask("config", ""))
+    assert ask("config", "competitions", "ch") == [], "it has none"
+    assert ask("train", "--competition", "") == []
+    (tmp_path / "competitions").mkdir()
+    for name in ("c00.yaml", "c07.yaml", "hall_of_fame.yaml", "notes.txt"):
+        (tmp_path / "competitions" / name).touch()
+    assert set(ask("train", "--competition", "")) == {"c00", "c07"}, "as they are there now"
+    assert set(ask("validator", "--network", "")) == {"finney", "test", "local", "localnet"}
+    assert set(ask("validator", "-n", "lo")) == {"local", "localnet"}
+    assert set(ask("replay", "x", "--rule", "")) == {"oldest_holder", "pairwise_epsilon", "champion"}
     assert sorted(set(ask("doctor", ""))) == ["miner", "validator"]
     assert len(ask("doctor", "")) == 2, "each once"
     assert not [word for word in ask("validator", "--tui", "") if word.startswith("-")], "flags are offered behind a dash"
@@ -79,6 +90,8 @@ def test_commands_flags_choices_and_files_are_offered(scripts, shell, tmp_path):
 def test_zsh_completes_what_is_typed(scripts, tmp_path):
     """A real line editor on a terminal: keys go in, and what stands on the line afterwards is written to a file."""
     (tmp_path / "mine.yaml").write_text("")
+    (tmp_path / "competitions").mkdir()
+    (tmp_path / "competitions" / "c07.yaml").touch()
     (tmp_path / "start").write_text(
         f"autoload -U compinit && compinit -u -D\nsource {scripts['zsh']}\nsetopt no_list_beep\nPS1='$ '\n"
         "line() { print -r -- $BUFFER >> lines; BUFFER= }\nzle -N line\nbindkey '^X' line\nprint ready > lines\n"
@@ -90,6 +103,8 @@ def test_zsh_completes_what_is_typed(scripts, tmp_path):
         "sn29 miner --packing un": "sn29 miner --packing unpacked ",
         "sn29 miner --packing=un": "sn29 miner --packing=unpacked ",
         "sn29 config miner --sea": "sn29 config miner --sealed ",
+        "sn29 train --competition c0": "sn29 train --competition c07 ",
+        "sn29 config comple": "sn29 config comple",
         "sn29 competitions pin mi": "sn29 competitions pin mine.yaml ",
         "sn29 validator --wallet.name mi": "sn29 validator --wallet.name mi",
     }
@@ -151,5 +166,5 @@ def test_the_script_is_printed_for_known_shells_alone():
         done = sn29(*words)
         assert done.returncode == 2
         assert "bash, zsh, fish" in done.stderr
-        assert (words or ["nothing"])[0] in done.stderr
+        assert (words or ["missing"])[0] in done.stderr
     assert "source <(sn29 completion bash)" in sn29("--help").stdout

@@ -168,6 +168,18 @@ def test_our_services_stop_in_time_update_by_tag_and_see_one_hotkey(name):
     assert {"/var/lib/sn29", "/var/cache/sn29"} <= folders
 
 
+def test_programs_of_one_hotkey_share_their_locks():
+    """In a volume of its own, which every user can write to: a named volume takes the mode of the folder of the image."""
+    folder = _environment()["SN29_LOCKS_DIR"]
+    sources = set()
+    for name in ("validator", "validator-cpu", "miner"):
+        mounts = [entry.split(":")[:2] for entry in SERVICES[name]["volumes"] if isinstance(entry, str)]
+        _, source = max((len(target), source) for source, target in mounts if Path(folder).is_relative_to(target))
+        sources.add((source, SERVICES[name]["user"]))
+    assert len(sources) == 1
+    assert re.search(rf"install -d -m 1777 [^&]*{folder} ", (DOCKER / "Dockerfile").read_text())
+
+
 def test_a_validator_never_gets_the_token_of_the_hub():
     assert "HF_TOKEN" in SERVICES["miner"]["environment"]
     for name in OURS:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import neurons
+from neurons.status_page import _end
 from sn29.chain import Chain, load_wallet
 from sn29.hub import Hub
 from sn29.localnet import demo, text
@@ -39,10 +40,12 @@ WITHIN_S = 10.0
 # --- the rule, with programs of a few lines ---------------------------------------------------------------------------
 
 PROGRAM = """
-import asyncio, os, signal, sqlite3, sys, time
+import asyncio, os, signal, sqlite3, sys, threading, time
 from neurons.ending import Stop
 from sn29 import telemetry
 from sn29.errors import Unavailable
+
+asked = threading.Event()
 
 async def wait(stop):
     stop.left = "half a sandwich"
@@ -100,6 +103,21 @@ async def lose_the_handler(stop):
     await asyncio.sleep(1.5)
     print("up", flush=True)
     await asyncio.sleep(60)
+
+async def write_to_nobody(stop):
+    os.set_blocking(2, False)
+    try:
+        while True:
+            os.write(2, b"." * 4096)
+    except BlockingIOError:
+        os.set_blocking(2, True)
+    print("up", flush=True)
+    threading.Thread(target=lambda: (asked.wait(), print("asked", flush=True)), daemon=True).start()
+    try:
+        await asyncio.sleep(60)
+    finally:
+        asked.set()
+        await asyncio.sleep(60)
 
 async def use_what_is_left(stop):
     try:
@@ -204,6 +222,57 @@ def test_a_second_signal_ends_it_at_once_and_the_same_one_twice_is_one(number, s
     _, errors = process.communicate(timeout=10)
     assert process.returncode == status
     assert errors.splitlines()[-1] == "sn29 sandwich: a second signal: ended at once"
+
+
+def test_a_second_signal_is_heard_though_nobody_reads_what_is_said():
+    """A journal that has stalled: standard error is a pipe, and full."""
+    process = start("write_to_nobody", 60)
+    process.terminate()
+    assert process.stdout is not None
+    assert process.stdout.readline() == "asked\n", "what is in hand is cancelled though the line cannot be said"
+    time.sleep(1)
+    process.terminate()
+    assert process.wait(30) == 143
+    process.stdout.close()
+    assert process.stderr is not None
+    process.stderr.close()
+
+
+def test_a_program_that_leaves_does_not_wait_for_the_interpreter_to_close():
+    code = """
+import asyncio, atexit
+from neurons.ending import Stop
+atexit.register(lambda: print("closed", flush=True))
+async def wait(stop):
+    print("up", flush=True)
+    await asyncio.sleep(60 * asked)
+for asked in (0, 1):
+    stop = Stop("sandwich", 10)
+    stop.run(wait)
+    print("down", end="")
+    stop.leave()
+print("not left", flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["up\n", "downup\n"], "who ends by itself goes on"
+    process.terminate()
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (0, "down")
+
+
+def test_the_page_s_process_is_not_waited_for_while_it_closes():
+    async def story() -> int | None:
+        code = "import signal, sys; signal.signal(15, lambda *_: sys.exit(0)); print('up', flush=True); sys.stdin.read()"
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", code, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )  # fmt: skip
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"up\n"
+        await _end(process)
+        return process.returncode
+
+    assert asyncio.run(story()) == -signal.SIGKILL
 
 
 # --- the validator and the miner --------------------------------------------------------------------------------------

@@ -12,13 +12,25 @@ from pathlib import Path
 import pytest
 import recorded
 
-from sn29 import record_files
+from sn29 import cli, record_files
 from sn29.errors import Reason
-from sn29.explain import DUEL, NORMAL, explain, first_win_by_decay, least_improvement, prospect
+from sn29.explain import (
+    DUEL,
+    NORMAL,
+    everybody,
+    explain,
+    first_win_by_decay,
+    is_address,
+    least_improvement,
+    meant,
+    prospect,
+    towards,
+)
 from sn29.records import Entry, Outcome
 from sn29.replay import contest_of
-from sn29.round_record import RoundRecord
+from sn29.round_record import ModelRecord, RoundRecord
 from sn29.rules.decision import Contest, score_contest
+from sn29.rules.weights import KEEP, combine
 
 RULES = ("oldest_holder", "pairwise_epsilon", "champion")
 
@@ -242,6 +254,99 @@ def test_every_rule_can_be_explained(rule: str) -> None:
         assert "means for c00" in text(record, hotkey)
 
 
+ALICE = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"  # substrate's well-known development keys
+BOB = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
+GIANT = "5FLSigC9HGRKVhB9FiEo4Y3koPsNmBmLJbpXg2mp1hXcS59Y"
+
+
+def three() -> list[RoundRecord]:
+    """Two rounds: alice and bob evaluated; giant refused in both, and copycat, in the second, as a copy of alice's."""
+    table = recorded.losses(100, 5, **{ALICE: (0.0, 0.01), BOB: (0.05, 0.01)})
+    giant = Outcome(GIANT, "c00", 7200, "rejected", "giant/model@1", reason="parameters", got="9", limit="at most 8")
+    copy = Outcome(
+        "copycat", "c00", 7300, "rejected", "copycat/model@1", reason="copy", got="71cf", limit=f"first committed by {ALICE}"
+    )
+    first = recorded.round_record(7560, table, {ALICE: 7000, BOB: 7100}, others=[ModelRecord(giant)])
+    others = [ModelRecord(giant), ModelRecord(copy)]
+    return [first, recorded.round_record(7920, table, {ALICE: 7000, BOB: 7100}, others=others, before=first)]
+
+
+def test_one_letter_that_is_wrong_makes_an_address_none():
+    assert is_address(ALICE)
+    assert is_address(GIANT)
+    for at in range(len(ALICE)):
+        assert not is_address(ALICE[:at] + ("x" if ALICE[at] != "x" else "y") + ALICE[at + 1 :])
+    for word in ("", "giant", ALICE[:-1], ALICE + "1", "1" * 48, "z" * 48, ALICE.replace("G", "0")):
+        assert not is_address(word)
+
+
+@pytest.mark.parametrize("word", [GIANT, "5FL", "5FLS\u2026S59Y", "5FLS...S59Y", "giant", "giant/model"])
+def test_who_is_meant(word: str) -> None:
+    assert [one.hotkey for one in meant(word, everybody(three()))] == [GIANT]
+
+
+@pytest.mark.parametrize(("word", "number"), [("", 0), ("gian", 0), ("5", 3), ("5F", 2), ("5FLS...QQQQ", 0), ("giant/other", 0)])
+def test_who_is_not_meant(word: str, number: int) -> None:
+    assert len(meant(word, everybody(three()))) == number
+
+
+def test_a_copy_is_told_whose_and_one_more_round_is_one_round() -> None:
+    said = "\n".join(explain(three(), "copycat")[0])
+    assert f"  refused: {Reason.COPY.sentence}: first committed by {ALICE}\n" in said
+    assert "71cf" not in said
+    assert "the same in 1 more round, the one of block 7,920" in "\n".join(explain(three(), GIANT)[0])
+
+
+def test_what_a_round_moves_weights_towards_is_its_own_result() -> None:
+    """Also where a hotkey whose weight is kept has left the subnet, and in a round without weights before."""
+    first, second = three()
+    left = replace(second, registered=tuple(h for h in second.registered if h != BOB), last_weights=first.weights | {
+        0: replace(first.weights[0], by_hotkey={ALICE: 0.3, BOB: 0.5, GIANT: 0.2})
+    })  # fmt: skip
+    scores = {"c00": second.competitions["c00"].scores}
+    for record in (first, second, left):
+        alone = combine({"c00": 1.0}, scores, recorded.NOBODY, None, 7920, record.registered)
+        both = combine({"c00": 1.0}, scores, recorded.NOBODY, record.last_weights.get(0), 7920, record.registered)
+        found = towards(replace(record, weights={0: both}))
+        assert found == pytest.approx(dict(alone.by_hotkey), abs=1e-9)
+    assert towards(replace(second, weights={})) == {}
+
+
+def test_a_weight_that_is_on_its_way_is_told_where_to() -> None:
+    table = recorded.losses(100, 5, ann=(0.0, 0.01), bob=(-0.05, 0.01))
+    first = recorded.round_record(7560, {"ann": table["ann"]}, {"ann": 7000})
+    second = recorded.round_record(7920, table, {"ann": 7000, "bob": 7600}, before=first)
+    said = "\n".join(explain([second], "bob")[0])
+    weight = second.weights[0].by_hotkey["bob"]
+    assert weight < 0.6, "half of what it won"
+    assert f"a round moves weights {1 - KEEP:.0%} of the way: from 0.00% to {weight:.2%} now, towards" in said
+    assert "of the way" not in "\n".join(explain([first], "ann")[0]), "there is none to go"
+
+
+def test_the_command_finds_whom_one_means_and_lists_them_where_it_does_not(tmp_path: Path, capsys) -> None:
+    for record in three():
+        record_files.write(tmp_path / "records", record)
+    at = ["--records", str(tmp_path / "records")]
+    for word in ("giant", "5FLS\u2026S59Y"):
+        assert cli.main(["explain", word, *at]) == 0
+        assert capsys.readouterr().out.startswith(f"{GIANT}  giant/model")
+    assert cli.main(["explain", "giant", *at, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["hotkey"] == GIANT
+    stranger = "5DAAnrj7VHTznn2AWBemMuyBwZWs6FNFjdyVXUeYum3PTXFy"
+    for word, status, why in (
+        (stranger, 1, "no commitment of"),
+        (stranger[:-1] + "z", 2, "no ss58"),
+        ("5", 2, "more than one"),
+        ("x", 2, "no ss58"),
+    ):
+        assert cli.main(["explain", word, *at]) == status
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert why in said.err
+        assert f"{GIANT}  giant/model" in said.err
+        assert Reason.PARAMETERS.sentence in said.err
+
+
 def test_the_command(tmp_path: Path) -> None:
     def sn29(*words: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(recorded.REPOSITORY)}
@@ -258,6 +363,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "lost to ann" in done.stdout
     only = sn29("bob", "--records", str(tmp_path / "state" / "records"), "--round", "7920", "--json")
     assert only.returncode == 0, only.stderr
+    assert json.loads(only.stdout)["hotkey"] == "bob"
     assert [r["block"] for r in json.loads(only.stdout)["rounds"]] == [7920]
     missing = sn29("bob", "--state.dir", "state", "--round", "5")
     assert missing.returncode == 1

@@ -13,14 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import recorded
+from rich.console import Console
 
 import neurons
 from sn29 import cli, telemetry
 from sn29.chain import Chain, load_wallet
+from sn29.explain import towards
 from sn29.hub import Hub
 from sn29.localnet import demo, text
 from sn29.localnet.ledger import Ledger, LedgerSubstrate
 from sn29.localnet.network import NETUID, Localnet, prepare
+from sn29.localnet_commands import _alone
+from sn29.records import Outcome
+from sn29.round_record import ModelRecord
 from sn29.rules.competition import parse_competition
 from sn29.settings import DemoSettings, default_cache, read
 from sn29.store import Store
@@ -51,6 +57,62 @@ def test_the_demo_tells_its_story(tmp_path: Path) -> None:
     assert log.count('"event": "remembered"') == 3, "final refusals are not looked into again"
     assert "the files are here already" in log, "a checkpoint is downloaded once"
     assert set(ended.curves) >= {"alice", "alice-2", "bob", "carol", "dave"}
+
+
+def test_the_closing_table_names_hotkeys_and_where_weights_are_going(capsys: pytest.CaptureFixture[str]) -> None:
+    """alice has won what bob held: he still has more on chain, and the table says why."""
+    alice, bob, giant = "5Alice" + "a" * 42, "5Bobby" + "b" * 42, "5Giant" + "g" * 42
+    first = recorded.round_record(360, recorded.losses(60, 1, **{bob: (0.0, 0.01)}), {bob: 100})
+    table = recorded.losses(60, 2, **{alice: (-0.1, 0.01), bob: (0.0, 0.01)})
+    refused = ModelRecord(
+        Outcome(giant, "c00", 130, "rejected", "giant/model@1", reason="parameters", got="9", limit="at most 8")
+    )
+    second = recorded.round_record(720, table, {bob: 100, alice: 400}, others=[refused], before=first)
+    names = {alice: "alice", bob: "bob", giant: "giant"}
+    crew = tuple(demo.Miner(name, "c00", "", "") for name in names.values())
+    ended = demo.Ended(Path("demo"), crew, (first, second), second.weights[0].by_hotkey, names, {}, {})
+    demo.show_table(Console(width=80), ended)
+    said = capsys.readouterr().out
+    rows = {line.split()[1]: line.replace("│", " ").split() for line in said.splitlines() if line.startswith("│")}
+    assert rows["alice"][1] == "5Ali…aaaa"
+    on_chain, on_its_way = float(rows["alice"][-2]), float(rows["alice"][-1])
+    assert on_chain < on_its_way
+    assert (on_chain, on_its_way) == pytest.approx((second.weights[0].by_hotkey[alice], towards(second)[alice]), abs=1e-4)
+    assert float(rows["bob"][-2]) > float(rows["bob"][-1])
+    assert "A round moves weights 50% of the way" in said
+    assert "giant     5Gia…gggg  c00  refused parameters: 9 / at most 8" in said
+    assert max(map(len, said.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("demo", "--dir"), ("localnet", "up", "--dir"), ("localnet", "up", "--miner", "ann", "--dir", "here", "--wallet.path")],
+)
+def test_a_folder_that_cannot_be_made_is_one_line(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert cli.main([*words, str(tmp_path / "file" / "x")]) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'file' / 'x'}: Not a directory" in said
+    assert len(said.splitlines()) == 2, "what, and what to do"
+
+
+def test_a_second_localnet_in_a_folder_is_refused_whatever_its_port(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Until the first one has died, of whatever."""
+    command = [sys.executable, "-m", "sn29.cli", "localnet", "up", "--dir", str(tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert first.stdout is not None
+        assert any(line.startswith(b"up:") for line in first.stdout)
+        assert cli.main(["localnet", "up", "--dir", str(tmp_path), "--port", "1"]) == 1
+        assert f"process {first.pid}" in capsys.readouterr().err
+    finally:
+        first.kill()
+        first.wait()
+    with _alone(tmp_path):
+        pass
 
 
 # --- kill -9 ----------------------------------------------------------------------------------------------------------

@@ -520,6 +520,9 @@ def test_a_chain_that_already_stands_still_is_told_at_the_first_look(make) -> No
     db.close()
     assert subnet.look() == {}, "nothing is decided, and nothing due"
     assert subnet.said() == ["no_final_block"]
+    seen = subnet.store().chain_seen()
+    assert seen is not None
+    assert seen.reveal_epochs is None, "nobody has asked yet whether weights are concealed"
 
 
 def test_an_alarm_when_the_chain_is_silent_from_the_start(make) -> None:

@@ -384,6 +384,29 @@ def test_the_simulate_command(tmp_path: Path) -> None:
     assert sn29("competitions", "simulate", str(new)).returncode == 1
 
 
+def test_the_simulate_command_passes_over_rounds_without_the_competition(tmp_path: Path) -> None:
+    """A third competition that took effect after some rounds: those that have it are compared."""
+    first, second, third = rounds("oldest_holder", num=3)
+    record_files.write(tmp_path / "records", first)
+    for record in (second, third):
+        kept = record.competitions["c00"]
+        kept = replace(kept, parameters=kept.parameters | {"name": "c07"}, window=replace(kept.window, competition="c07"))
+        models = tuple(replace(m, outcome=replace(m.outcome, competition="c07")) for m in kept.models)
+        record_files.write(tmp_path / "records", replace(record, competitions={"c07": replace(kept, models=models)}))
+    (new := tmp_path / "c07.yaml").write_text(recorded.c00_text())
+    done = sn29("competitions", "simulate", str(new), "--rounds", str(tmp_path / "records"))
+    assert done.returncode == 0, done.stderr
+    assert "1 of 3 rounds skipped: they have no c07" in done.stderr
+    assert "mean weight in 2 rounds" in done.stdout
+    (nobodys := tmp_path / "c09.yaml").write_text(recorded.c00_text())
+    none = sn29("competitions", "simulate", str(nobodys), "--rounds", str(tmp_path / "records"))
+    assert none.returncode == 1
+    assert none.stdout == ""
+    assert "no round has c09" in none.stderr
+    assert "c00, c07" in none.stderr
+    assert "localnet" in none.stderr
+
+
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
 WORKED: dict[str, Any] = {

@@ -31,6 +31,13 @@ def refused(words: list[str], capsys: pytest.CaptureFixture) -> str:
     return first
 
 
+def in_one_line(words: list[str], capsys: pytest.CaptureFixture) -> str:
+    assert cli.main(["report", *words]) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    return said.err
+
+
 def test_a_state_folder_becomes_one_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     watched(tmp_path / "state", rounds=2)
     out = tmp_path / "new" / "report.html"
@@ -38,6 +45,7 @@ def test_a_state_folder_becomes_one_file(tmp_path: Path, capsys: pytest.CaptureF
     said = capsys.readouterr()
     assert said.out == f"{out}: 2 rounds, 6 miners, {out.stat().st_size:,} bytes\n"
     assert "critical: no status.json" in said.err, "what is on the page is said here too"
+    assert "; what to do: look at its log" in said.err
     assert f"Round of block {FIRST + WINDOW:,}" in out.read_text()
     assert [p.name for p in out.parent.iterdir()] == ["report.html"]
 
@@ -72,13 +80,24 @@ def test_what_cannot_be_is_said_in_one_line_and_writes_nothing(tmp_path: Path, c
     folder, out = str(state.folder), tmp_path / "out.html"
     assert "one of --out FILE, --serve HOST:PORT and --json" in refused(["--state.dir", folder], capsys)
     assert "--out and --json" in refused(["--state.dir", folder, "--out", str(out), "--json"], capsys)
-    assert "no folder" in refused(["--state.dir", str(tmp_path / "none"), "--out", str(out)], capsys)
+    assert "no such folder; name" in in_one_line(["--state.dir", str(tmp_path / "none"), "--out", str(out)], capsys)
+    (empty := tmp_path / "empty").mkdir()
+    for what in (["--out", str(out)], ["--json"]):
+        said = in_one_line(["--state.dir", str(empty), *what], capsys)
+        assert f"{empty}: no validator or miner has run with it; start one, or name its folder" in said
+    assert not list(empty.iterdir())
     assert "files or folders with round records" in refused([str(tmp_path), "--out", str(out)], capsys)
     assert "HOST:PORT" in refused(["--state.dir", folder, "--serve", "2929"], capsys)
-    assert "greater than or equal to 1" in refused(["--state.dir", folder, "--out", str(out), "--rounds", "0"], capsys)
+    assert cli.main(["report", "--state.dir", folder, "--out", str(out), "--rounds", "0"]) != 0
+    assert "at least 1" in capsys.readouterr().err
     assert not out.exists()
     assert cli.main(["report", str(state.folder / "records"), "--out", str(state.folder)]) == 1
-    assert f"{state.folder}: Is a directory" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{state.folder}: Is a directory; name a file that can be written with --out" in said
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = in_one_line(["--state.dir", folder, "--serve", f"127.0.0.1:{port}"], capsys)
+    assert said == f"sn29 report: 127.0.0.1:{port}: port {port} is taken by another program; name another port with --serve\n"
     assert not list(tmp_path.rglob("*.part"))
 
 

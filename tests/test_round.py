@@ -234,7 +234,7 @@ def test_a_hub_that_does_not_answer_delays_the_round_and_a_gone_repository_does_
     assert reasons(subnet, record) == {"ann": "evaluated", "ben": "repository_gone"}
 
 
-def test_a_silent_hub_costs_a_miner_the_window_only_after_a_quarter_of_it(subnet, model):
+def test_a_silent_hub_costs_a_miner_the_window_only_after_a_quarter_of_it(subnet, model, events):
     subnet.publish("ann", model(seed=1))
     subnet.next_window()
     subnet.hub.stop()
@@ -242,6 +242,8 @@ def test_a_silent_hub_costs_a_miner_the_window_only_after_a_quarter_of_it(subnet
     _, record = go(subnet)
     assert reasons(subnet, record) == {"ann": "unavailable"}
     assert record.weights[0].by_hotkey == {}
+    (said,) = [sentence for event, sentence in events if event == "weights"]
+    assert said == f"round of block {record.head.block} decided: there is nobody to pay, so nothing is set on chain"
     subnet.hub.start = lambda: None  # stopped for good; the fixture's exit stops it again
     subnet.hub.stop = lambda: None
 

@@ -97,6 +97,8 @@ def test_strange_floats_and_texts_survive(record: RoundRecord) -> None:
         (lambda d: d.update(extra=1), "the field extra"),
         (lambda d: d["head"].update(block="7560"), "record.head.block"),
         (lambda d: d["head"].update(block=True), "a whole number"),
+        (lambda d: d["competitions"]["c00"]["models"][0].update(num_tokens=10**30), "a whole number below 9,007,199,254,740,992"),
+        (lambda d: d["competitions"]["c00"]["models"][0].update(num_tokens=-1), "got -1 tokens, rule 0 or more"),
         (lambda d: d["weights"]["0"]["by_hotkey"].update(ann=1), "record.weights.0.by_hotkey.ann"),
         (lambda d: d["weights"].update({"00": d["weights"]["0"]}), "the key '00'"),
         (lambda d: d.update(schema=2), "the field tensor_digest"),

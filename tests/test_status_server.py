@@ -25,7 +25,7 @@ from watched import ALICE, BOB, FIRST, Watched, telling, watched
 
 from neurons.status_page import beside
 from sn29 import telemetry
-from sn29.errors import Rejected, Unavailable
+from sn29.errors import Reason, Rejected, Unavailable
 from sn29.report import server as serving
 from sn29.report.server import Pages, Server, address_of
 from sn29.report.site import POLICY
@@ -221,8 +221,11 @@ def test_an_address_that_is_none(where: str) -> None:
 
 
 def test_a_port_that_is_taken_is_said(server: Server, state: Watched) -> None:
-    with pytest.raises(Rejected, match="a free port"):
-        Server("127.0.0.1", int(server.server_address[1]), server.pages)
+    port = int(server.server_address[1])
+    with pytest.raises(Unavailable, match=f"port {port} is taken by another program; name another port with --serve"):
+        Server("127.0.0.1", port, server.pages)
+    with pytest.raises(Unavailable, match="no address of this machine"):
+        Server("192.0.2.1", 0, server.pages)
 
 
 def test_addresses_of_both_kinds() -> None:
@@ -248,6 +251,8 @@ def pictures(tmp_path: Path) -> Path:
 _OVERLAPS = """[...document.querySelectorAll('main *')].filter(e => {
   if (e.closest('.box, svg, figure, pre')) return false;
   const r = e.getBoundingClientRect(); return r.width > 0 && r.right > document.documentElement.clientWidth + 1}).length"""
+_CUT = """[...document.querySelectorAll('.cards tbody td')].filter(e =>
+  e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(e => e.textContent)"""
 _CONTRAST = """(() => {
   const parse = c => c.match(/[0-9.]+/g).map(Number);
   const linear = x => x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4;
@@ -283,6 +288,9 @@ def test_pages_render_without_a_complaint(
         assert tab.run("document.querySelectorAll('main h1').length") == 1
         assert tab.run("document.documentElement.scrollWidth") <= width, "a page that scrolls sideways cannot be read on a phone"
         assert tab.run(_OVERLAPS) == 0
+        if width == 360:
+            assert tab.run(_CUT) == [], "what to do is read without scrolling sideways"
+            assert name == "miner" or tab.run("document.querySelectorAll('.cards .why').length") > 0
         assert tab.run(_CONTRAST) == []
         paper = tab.run("getComputedStyle(document.body).backgroundColor")
         assert (paper == "rgb(22, 24, 27)") == dark
@@ -513,20 +521,43 @@ def test_a_program_that_fails_says_why_in_its_last_word(tmp_path: Path) -> None:
             if error is not None:
                 raise error
 
-    for error, said in ((None, ""), (asyncio.CancelledError(), ""), (Unavailable("the node", "silent"), "the node: silent")):
+    setting = Rejected(Reason.SETTING, "no wallet", "a wallet with a hotkey")
+    for error, said, counted in (
+        (None, "", 0),
+        (asyncio.CancelledError(), "", 0),
+        (setting, str(setting), 0),
+        (Unavailable("the node", "silent"), "the node: silent", 1),
+        (setting, str(setting), 1),
+        (None, "", 1),
+    ):
         with nullcontext() if error is None else pytest.raises(type(error)):
             asyncio.run(run(error))
         last = telemetry.Status.from_json((tmp_path / telemetry.STATUS).read_bytes())
         assert (last.stage, last.detail) == (telemetry.STOPPED, said)
+        assert len(last.starts) == counted, "only the one that could not stay up"
 
 
 def test_a_port_that_is_taken_does_not_disturb_the_program(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, program(tmp_path, int(taken.getsockname()[1])) as process:
-        status = tmp_path / telemetry.STATUS
-
-        def warned() -> bool:
-            found = telemetry.Status.from_json(status.read_text()).warnings if status.exists() else ()
-            return any("an address of this machine and a free port" in w.sentence for w in found)
-
-        _until(warned)
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = int(taken.getsockname()[1])
+    with program(tmp_path, port) as process:
+        said: list[dict[str, str]] = []
+        assert process.stderr is not None
+        hearing = threading.Thread(target=lambda: said.extend(map(json.loads, process.stderr)))
+        hearing.start()
+        _until(lambda: said)
+        for _ in range(2):  # it tries again, in silence
+            _until(lambda: _child_of(process.pid))
+            _until(lambda: not _child_of(process.pid))
+        taken.close()
+        _until(lambda: _answers(port))
+        _until(lambda: len(said) > 1)
         assert process.poll() is None
+        process.kill()
+        hearing.join(60)
+    (no, up) = [line["message"] for line in said]
+    assert no == (
+        f"no page on http://127.0.0.1:{port}/: port {port} is taken by another program; name another port with --status.port; "
+        "all else goes on, and the page is tried again"
+    )
+    assert up == f"status page, metrics and health check on http://127.0.0.1:{port}/"

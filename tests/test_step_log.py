@@ -8,11 +8,16 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from sn29.step_log import step_log
+from sn29.records import Weights
+from sn29.round_record import RoundRecord
+from sn29.step_log import HeldSteps, step_log
+from sn29.store import ChainSeen, Store
 from sn29.telemetry import Curves
 from tests.recorded import refused, round_record
 
@@ -63,6 +68,46 @@ def test_the_figures_are_the_record_s(logged):
     assert (ben["win_rate"], ben["win_abs_rate"]) == (scores["ben"].win_rate, scores["ben"].win_rate_without_advantage)
     assert 0 < ann["adv_factor"] < 1, "percent"
     assert ann["n_parameters"] == 1_000_000
+
+
+def finished(store: Store, held: HeldSteps, block: int, paid: bool = True) -> RoundRecord:
+    """A round that is held back as soon as it has ended."""
+    record = round_record(block, TABLE, {"ann": 7000, "ben": 7100, "gone": 7150})
+    record = replace(record, weights={0: Weights(block, {"ann": 1.0} if paid else {})})
+    store.open_round(block, {})
+    store.finish_round(block, record, record.weights)
+    held.hold(record, step_log(record, UIDS, now=1.7e9, step_s=12.5))
+    held.show()
+    return record
+
+
+def test_a_step_waits_until_the_chain_shows_its_weights(tmp_path):
+    """As the pages do; by the order of rounds, and beyond a restart."""
+    with closing(Store(tmp_path / "store.db")) as store:
+        sent: list[tuple[int, int]] = []
+        log = lambda values, step: sent.append((values["block"], step))  # noqa: E731
+        held = HeldSteps(tmp_path / "held", store, log)
+        held.show()
+        first = finished(store, held, 7200)
+        for reveal_epochs in (None, 1):  # nobody has asked; concealed
+            store.keep_chain_seen(ChainSeen(7210, 0.0, 12.0, 360, reveal_epochs))
+            held.show()
+            assert sent == []
+        finished(store, held, 7560)
+        finished(store, held, 7920, paid=False)
+        store.keep_publication(7600, first.weights[0])
+        held.show()
+        assert sent == [(7200, 7200)]
+        second = HeldSteps(tmp_path / "held", store, log)
+        (tmp_path / "held" / f"{7000:012d}.json").write_text("")  # cut short
+        second.show()
+        assert sent == [(7200, 7200)], "none twice; and one of a round that pays nobody waits for those before it"
+        store.keep_chain_seen(ChainSeen(7930, 0.0, 12.0, 360, 0))
+        second.show()
+        assert sent == [(block, block) for block in (7200, 7560, 7920)]
+        finished(store, second, 8280)
+        assert sent[-1] == (8280, 8280), "set in the open: at once"
+        assert list((tmp_path / "held").iterdir()) == []
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb, an extra, is not installed")

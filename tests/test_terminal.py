@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import os
 import pty
 import re
@@ -13,6 +14,8 @@ import sys
 import termios
 import time
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from fcntl import ioctl
 from pathlib import Path
 from struct import pack
@@ -20,9 +23,18 @@ from struct import pack
 import pytest
 
 import neurons
+from neurons.ending import Stop
+from neurons.live_table import Board
+from neurons.validator import _judge_and_publish
+from sn29.errors import Sn29Error
+from sn29.evaluation.worker import Here
+from sn29.examination import Machine
+from sn29.hub import Hub
 from sn29.localnet import text
 from sn29.localnet.network import NETUID, Localnet, prepare
-from sn29.settings import default_cache
+from sn29.settings import ValidatorSettings, default_cache, read
+from sn29.store import Store
+from sn29.telemetry import STOPPED, Status
 
 ROOT = Path(__file__).parents[1]
 HOTKEY = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
@@ -194,8 +206,32 @@ def test_ctrl_c_ends_the_validator_and_its_table(localnet, tmp_path, with_table)
         assert terminal.end(signal.SIGINT) == 0, terminal.shown()[-2000:]
     shown = terminal.shown()
     assert ("last weight set: none yet" in shown) is with_table
+    assert ("no model was looked at yet: a round shows" in shown) is with_table
     assert " stopped " in shown
+    assert shown.rstrip().endswith("stopped") is with_table, (
+        "the last frame does not say that no round is in hand: one may be open"
+    )
     terminal.assert_clean()
+
+
+def test_a_validator_whose_settings_are_refused_has_not_started(localnet, tmp_path, events):
+    words = ["--wallet.name", "val", "--wallet.path", str(localnet.folder.parent / "wallets"), "-n", "localnet"]
+    words += ["--localnet.dir", str(localnet.folder), "--netuid", str(NETUID), "--locks.dir", str(tmp_path / "locks")]
+    words += ["--competitions.dir", str(localnet.competitions), "--warm-start", str(tmp_path / "nothing")]
+    settings, hub = read(ValidatorSettings, words), Hub(localnet.endpoint)
+    machine = Machine(tmp_path / "models", tmp_path / "records", "cpu", "float32", 1, 120, 60)
+    with closing(Store(tmp_path / "store.db")) as store, pytest.raises(Sn29Error):
+        asyncio.run(_judge_and_publish(settings, Stop("validator", 10), hub, store, machine, Here(tmp_path)))
+    assert "started" not in [event for event, _ in events]
+
+
+def test_a_table_shows_nothing_of_the_process_before_it(tmp_path):
+    board = Board(tmp_path)
+    status = Status("0.1.0", "validator", os.getpid() + 1, 0.0, 0.0)
+    (tmp_path / "status.json").write_text(status.to_json())
+    assert str(board.show(40)) == "starting"
+    (tmp_path / "status.json").write_text(replace(status, pid=os.getpid(), stage=STOPPED).to_json())
+    assert str(board.show(40)) == "stopped"
 
 
 # ---- progress bars ---------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_two_processes_started_by_one_command_train_and_stop_when_asked(place, t
     assert [line for line in complaint.splitlines() if line] == [
         "sn29 train: training: the setting is not usable (got 2 processes for 3 shards of data, rule shards are a multiple of "
         "the processes)",
-        f"  what to do: {Reason.SETTING.advice}",
+        "  what to do: mend training: shards are a multiple of the processes",
     ]
     running = started(place, tmp_path, "--processes", "2", "--steps", "100000", "--json")
     for line in running.stdout:

@@ -11,16 +11,22 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from loopback_node import LoopbackNode
 from test_ending import run, submitted, until
-from test_round import WINDOW, Subnet, go, subnet
+from test_round import NETUID, WINDOW, Subnet, go, subnet
 
 from neurons.adapters import Tokenizers, dataset_of
 from neurons.validator import _until_it_answers
 from sn29 import record_files
+from sn29.chain import Chain
 from sn29.errors import Reason, Rejected, Unavailable
 from sn29.examination import Machine, Ports
 from sn29.hub import Hub
@@ -53,15 +59,23 @@ def judged(subnet, model) -> Subnet:
 
 
 def begin(
-    subnet: Subnet, state: str, named: Sequence[Path], cells: int = 200, dtype: str = "float32", waits: bool = False
+    subnet: Subnet,
+    state: str,
+    named: Sequence[Path],
+    cells: int = 200,
+    dtype: str = "float32",
+    waits: bool = False,
+    nodes: Sequence[LoopbackNode] = (),
 ) -> bool:
-    """waits: as the validator does."""
+    """waits: as the validator does. nodes: one to be asked, and archives."""
     store = Store(subnet.folder / state / "store.db")
     hub = Hub(subnet.hub.endpoint, timeout_s=2, attempts=1, pause_s=0.05)
     machine = Machine(subnet.folder / state / "models", subnet.folder / state / "records", "cpu", dtype, 1, 120, 60)
 
     async def story() -> bool:
-        async with subnet.chain("validator") as chain:
+        urls = [node.url for node in nodes]
+        asked = Chain(NETUID, network=urls[0], fallbacks=[], archives=urls[1:]) if urls else subnet.chain("validator")
+        async with asked as chain:
             folder = subnet.folder / "competitions"
             tokenizers = Tokenizers(hub, subnet.folder / state / "tokenizers")
             ports = Ports(chain, hub, store, dataset_of(hub, folder), tokenizers, machine, subnet.evaluator)
@@ -166,6 +180,43 @@ def test_nothing_that_a_record_says_of_tensors_and_claims_refuses_anybody(judged
     assert store.claims()[victim.entry.content_id][0] > victim.entry.block, "of who committed later: from the chain's block on"
     _, own = go(judged, "second")
     assert own == record
+
+
+def test_who_committed_again_keeps_the_age_of_the_model_though_its_block_is_forgotten_or_an_archive_is_away(
+    subnet, model, events
+):
+    """dan copied ann's model between her two commitments to it."""
+    ann = model(1)
+    subnet.publish("ann", ann)
+    subnet.next_window()
+    go(subnet, "first")
+    for name in ("dan", "ann"):
+        subnet.publish(name, ann)
+    subnet.next_window()
+    first, record = go(subnet, "first")
+    chain, named = subnet.folder / "chain.db", [subnet.folder / "first"]
+    with LoopbackNode(chain) as node, LoopbackNode(chain) as archive:
+        node.faults.keeps_states = WINDOW
+        archive.faults.refusal, archive.faults.retry_after = "403", "1000"
+        with pytest.raises(Unavailable, match="403"):
+            begin(subnet, "second", named, nodes=(node, archive))
+        assert stored(subnet, "second").last_finished() is None, "nothing is decided while it is not known"
+        archive.faults.clear()
+        assert begin(subnet, "second", named, nodes=(node, archive))
+        assert said(events, "claims") == ["1 of the record's 1 claims are taken over, which the chain shows"]
+        events.clear()
+        assert begin(subnet, "third", named, nodes=(node,))
+    (entry,) = (m.entry for m in record.competitions["c00"].models if m.hotkey == subnet.hotkey("ann"))
+    assert entry.block < WINDOW
+    says_one, says_both, warns = said(events, "claims")
+    assert says_one.endswith(f" since block {entry.block} is the record's word")
+    assert says_both == "1 of the record's 1 claims are taken over"
+    assert warns.startswith(f"no node that was asked keeps the state of block {entry.block} and before: since when 1 models are")
+    assert warns.endswith("To have both shown start with --subtensor.archives, and with a new --state.dir")
+    for state in ("second", "third"):
+        kept = stored(subnet, state).claims()[entry.content_id]
+        assert kept == first.claims()[entry.content_id] == (entry.block, subnet.hotkey("ann"))
+    assert go(subnet, "third")[1] == record
 
 
 def checkpoint_of(hub: Hub, model: str, folder: Path) -> Path:
@@ -331,13 +382,66 @@ def forward(localnet: Localnet, blocks: int = 0) -> None:
     ledger.close()
 
 
+def test_a_window_that_others_judge_by_other_rules_is_left_to_them(judged, events):
+    """The files were replaced while it was open; and other software."""
+    path, record = newest(judged, "first")
+    rules = judged.folder / "competitions" / "c00.yaml"
+    kept = rules.read_text()
+    rules.write_text(kept.replace("initial: 0.004", "initial: 0.5"))
+    sha = hashlib.sha256(rules.read_bytes()).hexdigest()
+    assert begin(judged, "second", [judged.folder / "first"])
+    rules.write_text(kept)
+    numpy = judged.folder / "numpy"
+    other = replace(record, versions={**record.versions, "numpy": "1.0.0", "torch": record.versions["torch"] + "+cu999"})
+    older = record_files.paths([judged.folder / "first" / "records"])[0]
+    record_files.write(numpy, other)
+    shutil.copy(older, numpy)
+    assert begin(judged, "third", [numpy])
+    for state in ("second", "third"):
+        store = stored(judged, state)
+        assert (store.count_losses(), store.imports()) == (0, {})
+        assert store.last_finished() == store.taken_over() == record.head.block
+    judged.next_window()
+    assert go(judged, "third")[1] == go(judged, "first")[1], "and it judges the next one as the others do"
+    first, second = said(events, "warm_start")
+    theirs = record.competitions["c00"].file_sha256
+    assert f"{path} was judged by other rules than are here, named second (file of c00 {theirs[:12]} -> {sha[:12]}; " in first
+    assert "c00.scoring.advantage.initial 0.004 -> 0.5): begun from without its losses" in first
+    assert f"named second (numpy 1.0.0 -> {version('numpy')}): begun from without its losses" in second
+
+
+def test_a_repository_that_is_closed_while_the_sample_is_measured_says_nothing_of_the_record(judged, events):
+    """Its owner waits for the last request, which is for all of the weights."""
+    weights = r"GET .*/ann/model/.*safetensors"
+    judged.hub.faults.set(Fault(weights))
+    assert begin(judged, "other", [judged.folder / "first"])
+    (requests,) = judged.hub.faults.hits()
+    judged.hub.faults.set(Fault(weights, skip=requests - 1, change="private"))
+    events.clear()
+    assert begin(judged, "second", [judged.folder / "first"])
+    assert stored(judged, "second").count_losses() == 2 * TEXTS
+    left_out = [sentence for sentence in said(events, "warm_start") if "left out" in sentence]
+    assert len(left_out) == 1
+    assert left_out[0].startswith("its losses are left out: they cannot be checked now (")
+    assert Reason.REPOSITORY_GONE.sentence in left_out[0]
+
+
 def test_what_cannot_be_compared_is_refused(judged, tmp_path):
     with pytest.raises(Rejected, match="got losses in float32, rule bfloat16, as this validator measures"):
         begin(judged, "second", [judged.folder / "first"], dtype="bfloat16")
-    rules = judged.folder / "competitions" / "c00.yaml"
-    rules.write_text(rules.read_text().replace("count: 8", "count: 7"))
-    with pytest.raises(Rejected, match=r"rule 7 texts, the first .*, drawn here"):
+    data = judged.folder / "competitions" / "text" / "a.parquet"
+    kept = data.read_bytes()
+    pq.write_table(pa.table({"text": [f"another text, number {i}" for i in range(30)]}), data, row_group_size=5)
+    with pytest.raises(Rejected, match=r"rule 8 texts, the first .*, drawn here"):
         begin(judged, "second", [judged.folder / "first"])
+    data.write_bytes(kept)
+    _, record = newest(judged, "first")
+    later = replace(record, head=replace(record.head, block=9_000_000))
+    elsewhere = record_files.write(tmp_path / "elsewhere", later)
+    with pytest.raises(
+        Rejected, match=r"got block 9000000, rule at most \d+, a day ahead of the node: is the record of this net"
+    ):
+        begin(judged, "second", [elsewhere])
     (tmp_path / "empty").mkdir()
     with pytest.raises(Rejected, match="rule files or folders with round records"):
         begin(judged, "second", [tmp_path / "empty"])

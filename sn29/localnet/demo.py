@@ -34,11 +34,13 @@ from rich.table import Table
 import neurons
 from sn29.chain import Chain
 from sn29.errors import Reason, Rejected, Unavailable
+from sn29.explain import towards
 from sn29.localnet import text
 from sn29.localnet.ledger import Ledger, LedgerSubstrate
 from sn29.localnet.network import MAX_CHARS, NETUID, TRAINING_FILES, WINDOW_BLOCKS, Localnet, prepare
 from sn29.records import Outcome, Score
 from sn29.round_record import RoundRecord
+from sn29.rules.weights import KEEP
 from sn29.settings import DemoSettings, default_cache
 from sn29.store import Store
 
@@ -118,11 +120,9 @@ class Ended:
 
 
 def run(settings: DemoSettings) -> Ended:
-    """The whole story. Raises Unavailable when a part of it fails."""
-    folder = settings.folder or Path(tempfile.mkdtemp(prefix="sn29-demo-"))
+    """The whole story. Raises Rejected(SETTING) for a folder that will not do, Unavailable when a part of it fails."""
+    folder = _new_folder(settings.folder or Path(tempfile.mkdtemp(prefix="sn29-demo-")))
     console = Console(highlight=False)
-    if folder.exists() and any(folder.iterdir()):
-        raise Rejected(Reason.SETTING, f"{folder}, which is not empty", "a new folder", "--dir")
     stage = Stage(folder, console if console.is_terminal else Console(highlight=False, width=140))
     with ExitStack() as cleanup:
         cleanup.callback(stage.stop_all)
@@ -149,6 +149,18 @@ def run(settings: DemoSettings) -> Ended:
         ended = stage.ended(localnet, crew, texts)
     show_table(stage.console, ended)
     return ended
+
+
+def _new_folder(folder: Path) -> Path:
+    """With the folder of logs in it. Raises Rejected(SETTING)."""
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise Rejected(Reason.SETTING, f"{folder}, which is not empty", "a new folder", "--dir")
+        (folder / "logs").mkdir(parents=True)
+    except OSError as error:
+        why = f"{folder}: {error.strerror or error}"
+        raise Rejected(Reason.SETTING, why, "a new folder where one can be made", "--dir") from None
+    return folder
 
 
 def miners(texts: text.Texts, folder: Path, steps: int) -> tuple[Miner, ...]:
@@ -224,7 +236,6 @@ class Stage:
         self.validator_hotkey = ""
         self.names: dict[str, str] = {}
         self.began = time.monotonic()
-        folder.mkdir(parents=True, exist_ok=True)
 
     def chapter(self, title: str, why: str) -> None:
         self.console.print(f"\n[bold]{title}[/bold]  [dim]{why} ({time.monotonic() - self.began:.0f} s)[/dim]")
@@ -236,9 +247,7 @@ class Stage:
 
     def start(self, title: str, *command: str, token: str = "") -> Running:
         """A Python process whose events and errors go to files in the demo's folder."""
-        logs = self.folder / "logs"
-        logs.mkdir(exist_ok=True)
-        log, errors = logs / f"{title}.jsonl", logs / f"{title}.err"
+        log, errors = self.folder / "logs" / f"{title}.jsonl", self.folder / "logs" / f"{title}.err"
         environment = {**os.environ, "HF_TOKEN": token, "OMP_NUM_THREADS": "1"}
         with errors.open("wb") as stream:
             process = subprocess.Popen(
@@ -446,6 +455,8 @@ class Row:
     outcome: Outcome
     weight: float
     """On chain."""
+    towards: float
+    """What the last round's result alone would make of it: a round moves weights only part of the way (rules.weights)."""
     score: Score | None = None
     loss: float = math.inf
     """Nats per sample."""
@@ -455,11 +466,16 @@ class Row:
 def rows(ended: Ended) -> dict[str, Row]:
     """By hotkey."""
     record = ended.records[-1]
-    found = {o.hotkey: Row(o, ended.published.get(o.hotkey, 0.0)) for o in record.no_competition}
+    aims = towards(record)  # the demo's competitions are of one mechanism
+
+    def row_of(outcome: Outcome) -> Row:
+        return Row(outcome, ended.published.get(outcome.hotkey, 0.0), aims.get(outcome.hotkey, 0.0))
+
+    found = {o.hotkey: row_of(o) for o in record.no_competition}
     for kept in record.competitions.values():
         scores = {s.hotkey: s for s in kept.scores}
         for model in kept.models:
-            row = Row(model.outcome, ended.published.get(model.hotkey, 0.0))
+            row = row_of(model.outcome)
             if model.evaluated:
                 nats, measured = sum(model.losses), kept.samples[: len(model.losses)]
                 bits = nats / math.log(2) / sum(s.num_bytes for s in measured)
@@ -469,18 +485,28 @@ def rows(ended: Ended) -> dict[str, Row]:
 
 
 def show_table(console: Console, ended: Ended) -> None:
-    table = Table(title="What the second round decided; weights as the chain has them", title_style="bold")
-    for column in ("miner", "competition", "outcome"):
-        table.add_column(column, overflow="fold")
-    for column in ("nats a sample", "bits a byte", "wins", "weight"):
+    table = Table(title="What the second round decided", title_style="bold")
+    for column in ("miner", "hotkey", "compe-\ntition"):
+        table.add_column(column, no_wrap=True)
+    for column in ("nats a\nsample", "bits a\nbyte", "wins", "weight\non chain", "on its\nway to"):  # 80 columns in all
         table.add_column(column, justify="right", no_wrap=True)
     found, hotkey_of = rows(ended), {name: hotkey for hotkey, name in ended.names.items()}
+    refused = []
     for miner in ended.crew:
         row = found[hotkey_of[miner.name]]
-        figures = (f"{row.loss:.1f}", f"{row.bits_per_byte:.3f}", f"{row.score.wins:g}") if row.score else ("", "", "")
-        said = _outcome_line(row.outcome, ended.names)
-        table.add_row(miner.name, miner.competition, said, *figures, f"{row.weight:.4f}")
+        short = f"{row.outcome.hotkey[:4]}…{row.outcome.hotkey[-4:]}"
+        if row.score:
+            figures = f"{row.loss:.1f}", f"{row.bits_per_byte:.3f}", f"{row.score.wins:g}"
+            table.add_row(miner.name, short, miner.competition, *figures, f"{row.weight:.4f}", f"{row.towards:.4f}")
+        else:
+            refused.append(f"  {miner.name:<8}  {short}  {miner.competition}  {_outcome_line(row.outcome, ended.names)}")
     console.print(table)
+    console.print(
+        f"  A round moves weights {1 - KEEP:.0%} of the way, so that one lucky window pays {1 - KEEP:.0%} at most: "
+        "who has just won has less on chain than is on its way."
+    )
+    for line in refused:
+        console.print(line)
     for name, curve in ended.curves.items():
         if len(curve) > 20:
             start, end = learnt(curve)
@@ -490,14 +516,13 @@ def show_table(console: Console, ended: Ended) -> None:
 
 
 def _outcome_line(outcome: Outcome, names: Mapping[str, str]) -> str:
-    """Outcome, reason and both values in one cell; hotkeys by name, long hashes cut."""
-    if outcome.status == "evaluated":
-        return "[green]evaluated[/green]"
-    values = f"{outcome.got or outcome.detail} / {outcome.limit}"
+    """Outcome, reason and both values in one line; hotkeys by name, long hashes cut."""
+    values = outcome.limit if outcome.reason == Reason.COPY.code else f"{outcome.got or outcome.detail} / {outcome.limit}"
     for hotkey, name in names.items():
         values = values.replace(hotkey, name)
     values = escape(re.sub(r"[0-9a-f]{40,64}", lambda found: found[0][:8] + "...", values))
-    return f"[red]{outcome.status}[/red] {outcome.reason}: {values}"
+    status = "refused" if outcome.status == "rejected" else outcome.status
+    return f"[red]{status}[/red] {outcome.reason}: {values}"
 
 
 def check_outcomes(ended: Ended) -> None:

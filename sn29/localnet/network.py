@@ -75,11 +75,16 @@ class Localnet:
         return add_user(self.folder / "hub", user)
 
     def register(self, wallet: str, hotkey: str, wallets: Path, *, validator: bool = False) -> str:
-        """A registered hotkey of that wallet, made if it is new: its address. A validator gets stake and a permit."""
+        """A registered hotkey of that wallet, made if it is new: its address. A validator gets stake and a permit. Raises
+        Rejected(SETTING) where it cannot be made."""
         try:
             keys = load_wallet(wallet, hotkey, wallets)
         except Rejected:
-            keys = create_wallet(wallet, hotkey, wallets)
+            try:
+                keys = create_wallet(wallet, hotkey, wallets)
+            except OSError as error:
+                got = f"{wallets}: {error.strerror or error}"
+                raise Rejected(Reason.SETTING, got, "a folder that can be written to", "--wallet.path") from None
         ledger = Ledger.open(self.chain)
         address = str(keys.hotkey.ss58_address)
         ledger.register(address, str(keys.coldkeypub.ss58_address), stake=10_000 if validator else 0, permit=validator)
@@ -119,7 +124,8 @@ def open_localnet(folder: Path) -> Localnet:
     """A localnet that was prepared. Raises Rejected(SETTING) when there is none."""
     state = folder / "localnet.json"
     if not state.exists():
-        raise Rejected(Reason.SETTING, f"no localnet in {folder}", "run `sn29 localnet up` first")
+        how = "run `sn29 localnet up` first, or name its folder: --localnet.dir"
+        raise Rejected(Reason.SETTING, f"no localnet in {folder}", "one that was prepared", advice=how)
     return Localnet(folder, json.loads(state.read_text())["port"])
 
 
@@ -128,7 +134,7 @@ def _hub_at(folder: Path, port: int) -> LoopbackHub:
         return LoopbackHub(folder, port=port)
     except OSError as error:
         where = f"port {port}: {error.strerror}"
-        raise Rejected(Reason.SETTING, where, "a free port: is this localnet up already? else give --port", str(folder)) from None
+        raise Rejected(Reason.SETTING, where, "a free port: name another one with --port", str(folder)) from None
 
 
 def _publish(hub: LoopbackHub, texts: Texts) -> str:

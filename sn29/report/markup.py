@@ -6,6 +6,7 @@ What is put together here (head, cells, rows, foot; a picture's title and captio
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -53,13 +54,22 @@ def row(head: str, cells: str, kind: str = "") -> str:
 
 
 def table(caption: str, head: str, rows: Sequence[str], foot: str = "") -> str:
-    """In a box of its own that scrolls where the screen is narrow, also with the keyboard."""
-    body = "\n".join(rows)
+    """In a box of its own that scrolls where the screen is narrow, also with the keyboard; rows with sentences become cards
+    there, whose cells are named by their columns' titles."""
+    titles = re.findall(r"<th [^>]*>([^<]*)</th>", head)[1:]
+    has_sentences = any('<td class="why' in row for row in rows)
+    body = "\n".join(_named(row, titles) if has_sentences else row for row in rows)
     return (
-        f'<div class="box" role="region" aria-label="{text(caption)}" tabindex="0"><table>'
+        f'<div class="box{" cards" if has_sentences else ""}" role="region" aria-label="{text(caption)}" tabindex="0"><table>'
         f"<caption><span>{text(caption)}</span></caption>"
         f"<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody>{foot}</table></div>"
     )
+
+
+def _named(row: str, titles: Sequence[str]) -> str:
+    """With its column's title on each cell. Nothing that a stranger wrote holds a `<`: it is escaped."""
+    left = iter(titles)
+    return re.sub(r"<td(?![^>]* colspan)", lambda _: f'<td data-title="{next(left, "")}"', row)
 
 
 def figure(title: str, picture: str, caption: str) -> str:

@@ -69,6 +69,7 @@ def write_page(
         parts.append(_competition(name, [r for r in records if name in r["competitions"]], cast, unigram.get(name)))
     if anybody:
         parts += [_training(curves, records, cast), _weights(records, published, cast), _refusals(records, cast)]
+        parts.append(_hotkeys(records, cast))
     if records:
         parts.append(_made_from(records))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,6 +133,10 @@ class Cast:
     def html(self, hotkey: str) -> str:
         label = text(self.labels[hotkey])
         return f'<span class="who m{self.colours[hotkey]}" title="{text(hotkey)}">{label}</span>'
+
+    def link(self, hotkey: str) -> str:
+        """The same, leading to its row among the hotkeys."""
+        return f'<a href="#h-{text(hotkey)}">{self.html(hotkey)}</a>'
 
     def picture(self, hotkey: str) -> tuple[str, int]:
         """Label, short enough for a picture, and colour."""
@@ -222,8 +227,8 @@ def standings_table(record: Record, part: Record, standings: Sequence[Standing],
     rows = [_standing_row(s, cast, num_samples, first=s is holder_of(standings)) for s in standings]
     for o in sorted(part["outcomes"], key=lambda o: cast.labels[o["hotkey"]]):
         if o["status"] != "evaluated":
-            said = f"<b>{text(o['status'])}</b> {text(said_of(o, cast))}"
-            rows.append(markup.row(cast.html(o["hotkey"]), f'<td class="why" colspan="6"><span>{said}</span></td>'))
+            said = f"<b>{said_status(o['status'])}</b> {text(said_of(o, cast))} {_to_refusal(o['hotkey'])}"
+            rows.append(markup.row(cast.link(o["hotkey"]), f'<td class="why" colspan="6"><span>{said}</span></td>'))
     foot = ""
     if unigram is not None:
         nats = unigram * math.log(2) * num_bytes / max(1, num_samples)
@@ -252,7 +257,7 @@ def _standing_row(s: Standing, cast: Cast, num_samples: int, *, first: bool) -> 
         f"{s.score['win_rate']:.3f}", f"{s.score['weight']:.3f}",
     )  # fmt: skip
     cells = "".join(f'<td class="n">{figure}</td>' for figure in figures) + f'<td class="why">{text(said)}</td>'
-    return markup.row(cast.html(s.hotkey), cells, kind="first" if first else "")
+    return markup.row(cast.link(s.hotkey), cells, kind="first" if first else "")
 
 
 def duels(part: Record, standings: Sequence[Standing], cast: Cast) -> str:
@@ -310,7 +315,7 @@ def _by_sample(standings: Sequence[Standing], cast: Cast) -> str:
 def _head(records: Sequence[Record], *, anybody: bool) -> str:
     links = [(f"c-{name}", name) for name in _competitions(records)]
     if anybody:
-        links += [("training", "Training"), ("weights", "Weights"), ("refusals", "Refusals")]
+        links += [("training", "Training"), ("weights", "Weights"), ("refusals", "Refusals"), ("hotkeys", "Hotkeys")]
     if records:
         links.append(("made-from", "Made from"))
     nav = " ".join(f'<a href="#{text(where)}">{text(what)}</a>' for where, what in links)
@@ -404,22 +409,33 @@ def _weights(records: Sequence[Record], published: Mapping[str, float], cast: Ca
     rows = []
     for hotkey in order:
         cells = "".join(_weight_cell(weights.get(hotkey, 0.0)) for _, weights in columns)
-        rows.append(markup.row(cast.html(hotkey), cells))
+        rows.append(markup.row(cast.link(hotkey), cells))
     table = markup.table("Shares of 1", markup.header("Miner", *(f"#{title}" for title, _ in columns)), rows)
     caption = "What each round decided, and what the chain has now; all on one scale."
     return (
         '<section id="weights"><h2>Weights</h2><p class="note">A round moves the weights only part of the way, so that '
         "one lucky window does not decide all. The chain keeps 16 bits of each.</p>"
-        f'<div class="pair">{markup.figure("", picture, caption)}{table}</div>{_keys(records, order, cast)}</section>'
+        f'<div class="pair">{markup.figure("", picture, caption)}{table}</div></section>'
     )
 
 
-def _keys(records: Sequence[Record], hotkeys: Sequence[str], cast: Cast) -> str:
+def _hotkeys(records: Sequence[Record], cast: Cast) -> str:
+    """Everybody in full, to be copied."""
     models = {o["hotkey"]: o["model"] for r in records for o in _outcomes(r) if o["model"]}
-    cells = {h: f"<td><code>{text(h)}</code></td><td><code>{text(models.get(h, '–'))}</code></td>" for h in hotkeys}
-    rows = [markup.row(cast.html(h), cells[h]) for h in hotkeys]
-    table = markup.table("The newest model of each", markup.header("Miner", "Hotkey", "Model"), rows)
-    return f"<details><summary>Hotkeys and models</summary>{table}</details>"
+    refused = {o["hotkey"] for r in records for o in _outcomes(r) if o["status"] != "evaluated"}
+    rows = []
+    for hotkey in sorted(cast.labels, key=lambda h: (cast.labels[h], h)):
+        why = f"<br>{_to_refusal(hotkey)}" if hotkey in refused else ""
+        cells = f'<td class="why"><code class="whole">{text(hotkey)}</code>{why}</td>'
+        cells += f'<td class="why"><code>{text(models.get(hotkey, "–"))}</code></td>'
+        rows.append(markup.row(f'<span id="h-{text(hotkey)}">{cast.html(hotkey)}</span>', cells))
+    table = markup.table("A click on a hotkey selects all of it", markup.header("Miner", "Hotkey", "Newest model"), rows)
+    more = "More of one miner: <code>sn29 explain HOTKEY</code> with <code>--records</code> and the folder of these rounds."
+    return f'<section id="hotkeys"><h2>Hotkeys and models</h2><p class="note">{more}</p>{table}</section>'
+
+
+def _to_refusal(hotkey: str) -> str:
+    return f'<a href="#r-{text(hotkey)}">what to do</a>'
 
 
 def _weight_cell(weight: float) -> str:
@@ -434,11 +450,14 @@ def _refusals(records: Sequence[Record], cast: Cast) -> str:
                 blocks.setdefault((o["hotkey"], o["competition"], o["reason"], said_of(o, cast)), []).append(record["block"])
     if not blocks:
         return '<section id="refusals"><h2>Refusals</h2><p class="note">Nobody was refused.</p></section>'
-    rows = []
+    rows, linked = [], set[str]()
     for (hotkey, competition, reason, said), seen in sorted(blocks.items(), key=lambda kv: (cast.labels[kv[0][0]], kv[1])):
         blocks_seen = markup.listed([f"{block:,}" for block in seen])
         cells = f'<td>{text(competition) or "–"}</td><td class="why"><b>{text(reason)}</b> {text(said)}</td>'
-        rows.append(markup.row(cast.html(hotkey), f'{cells}<td class="why">{advice(reason)}</td><td>{blocks_seen}</td>'))
+        cells += f'<td class="why">{advice(reason)}</td><td>{blocks_seen}</td>'
+        first = "" if hotkey in linked else f' id="r-{text(hotkey)}"'
+        linked.add(hotkey)
+        rows.append(markup.row(f"<span{first}>{cast.link(hotkey)}</span>", cells))
     head = markup.header("Miner", "Competition", "Reason", "What to do", "Rounds of block")
     return f'<section id="refusals"><h2>Refusals</h2>{markup.table("Who was not evaluated, and why", head, rows)}</section>'
 
@@ -451,7 +470,8 @@ def _made_from(records: Sequence[Record]) -> str:
             rows.append(
                 f'<tr><th scope="row" class="n">{record["block"]:,}</th><td>{text(name)}</td>'
                 f'<td class="n">{part["window"]["index"]:,}</td><td class="n">{seed["block"]:,}</td>'
-                f"<td><code>{text(seed['hash'])}</code></td><td><code>{text(record['rules'].get(name, ''))}</code></td></tr>"
+                f'<td class="why hash"><code>{text(seed["hash"])}</code></td>'
+                f'<td class="why hash"><code>{text(record["rules"].get(name, ""))}</code></td></tr>'
             )
     head = markup.header("#Round of block", "Competition", "#Window", "#Seed block", "Its hash", "sha256 of the rules’ file")
     newest = records[-1]
@@ -475,6 +495,11 @@ def _outcomes(record: Record) -> list[Mapping[str, Any]]:
 
 def _competitions(records: Sequence[Record]) -> list[str]:
     return sorted({name for record in records for name in record["competitions"]})
+
+
+def said_status(status: str) -> str:
+    """A record's word, as HTML, as everything that people read has it."""
+    return text("refused" if status == "rejected" else status)
 
 
 def said_of(outcome: Mapping[str, Any], cast: Cast) -> str:

@@ -19,14 +19,14 @@ from typing import Any
 
 from sn29 import explain
 from sn29.changeover import differences
-from sn29.errors import Sn29Error
+from sn29.errors import Reason, Sn29Error
 from sn29.records import Outcome
 from sn29.replay import contest_of
 from sn29.report import markup, page, pictures
 from sn29.report.markup import text
 from sn29.report.page import Cast, Standing
 from sn29.report.pictures import Line
-from sn29.report.snapshot import Alarm, Published, Round, Snapshot, lasting
+from sn29.report.snapshot import Published, Round, Snapshot, lasting
 from sn29.report.style import GREY
 from sn29.round_record import CompetitionRecord, address
 from sn29.rules.competition import FixedTokenizer, HubDataset
@@ -41,8 +41,11 @@ MAX_LINES = 6
 """Models in the picture of weights over time."""
 NEWEST = 12
 """Rounds in the list of the first page."""
+MANY_MINERS = 40
+"""More of them are folded away on the first page."""
 CHANGES = 5
 """Coming changes of a competition that are told."""
+_ORDER = {"evaluated": 0, "waiting": 1, "unavailable": 2, "rejected": 3}
 _STAGES = {
     "waiting": "Waiting for the next window",
     "training": "Training",
@@ -123,9 +126,9 @@ def now(s: Snapshot, cast: Cast, links: Links) -> str:
     """What the program does at this moment, and whether somebody should look."""
     program = s.status.program.capitalize() if s.status else "Validator" if s.folder else "Recorded rounds"
     sections = {
-        "runs": _who_runs(s), "alarms": _alarms(s.alarms, watched=s.folder is not None), "work": _work(s, cast),
-        "tiles": _now_tiles(s), "crowns": _crowns(s, cast, links), "rounds": _round_list(s, cast, links),
-        "weights": _weights_on_chain(s, cast, links), "judged": _judged_by(s),
+        "runs": _who_runs(s), "alarms": _alarms(s), "work": _work(s, cast),
+        "tiles": _now_tiles(s), "crowns": _crowns(s, cast, links), "miners": _miners(s, cast, links),
+        "rounds": _round_list(s, cast, links), "weights": _weights_on_chain(s, cast, links), "judged": _judged_by(s),
         "warnings": _warnings(s, cast, links), "counters": _counters(s),
     }  # fmt: skip
     spoken = {"alarms": ' role="status"'}
@@ -141,9 +144,12 @@ def _who_runs(s: Snapshot) -> str:
     return f'<p class="note">{key}{since}</p>'
 
 
-def _alarms(found: Sequence[Alarm], *, watched: bool) -> str:
+def _alarms(s: Snapshot) -> str:
+    found = s.alarms
+    if not found and s.status is not None and s.was_asked_to_stop:
+        return f'<p class="state">Stopped {_ago(s, s.status.updated)}, as it was asked to</p>'
     if not found:
-        return '<p class="state good">All is well</p>' if watched else ""
+        return '<p class="state good">All is well</p>' if s.folder is not None else ""
     rows = "".join(
         f'<li class="{text(a.level)}"><b>{"Critical" if a.level == "critical" else "Warning"}: {text(a.sentence)}</b>'
         f"<p>What to do: {_commands(a.advice)}.</p></li>"
@@ -194,7 +200,7 @@ def _now_tiles(s: Snapshot) -> str:
         rows.append(_published_tile(s, mechanism, one, several=len(s.facts.published) > 1 if s.facts else False))
     if s.head is not None:
         rows.append(("Newest final block", f"{s.head[0]:,}", f"came {_ago(s, s.head[1])}"))
-    if s.status is not None and s.status.next_window is not None:
+    if s.status is not None and s.status.next_window is not None and s.is_live:
         seed = s.status.next_window
         rows.append(("Next window", _in(s, seed) or f"{seed:,}", f"block {seed:,}"))
     if s.newest is not None:
@@ -205,7 +211,7 @@ def _now_tiles(s: Snapshot) -> str:
         rows.append(("Disk", f"{s.free_bytes / 1e9:,.0f} GB free", f"of {s.disk_bytes / 1e9:,.0f} GB"))
     tiles = _tiles(rows) if rows else ""
     if s.withheld:
-        what = f"{markup.count(s.withheld, 'newer round')} will be shown when the chain has revealed the weights"
+        what = f"{markup.count(s.withheld, 'newer round')} will be shown when the chain is known to have revealed the weights"
         return f'{tiles}<p class="note">{what}: this page can be seen from other machines, and others could copy them.</p>'
     return tiles if s.newest else f'{tiles}<p class="lead">No round has been finished yet.</p>'
 
@@ -213,12 +219,19 @@ def _now_tiles(s: Snapshot) -> str:
 def _published_tile(s: Snapshot, mechanism: int, one: Published, *, several: bool) -> tuple[str, str, str]:
     name = f"Last weight set, mechanism {mechanism}" if several else "Last weight set"
     waiting = f"; {markup.count(len(one.on_its_way), 'set')} on the way" if one.on_its_way else ""
-    if one.stands is None:
-        return name, "none yet", f"decided by the round of block {one.decided.block:,}{waiting}"
+    if one.stands is None and one.decided is None:
+        return name, "none yet", f"a set is not shown before the chain has revealed it{waiting}"
+    if one.stands is None and one.decided is not None:
+        nobody = "no model has won anything yet, so there is nobody to pay"
+        due = f"the weights of the round of block {one.decided.block:,} are still to be set"
+        return name, "none yet", f"{due if one.decided.by_hotkey else nobody}{waiting}"
+    assert one.stands is not None
     block, weights = one.stands
     age = lasting((s.block - block) * s.block_seconds) if s.block is not None else ""
     epochs = f", {(s.block - block) / s.epoch:.1f} epochs" if s.block is not None else ""
-    newest = "" if weights.block == one.decided.block else f"; the round of block {one.decided.block:,} is not set yet"
+    newest = ""
+    if one.decided is not None and one.decided.block != weights.block:
+        newest = f"; the weights of the round of block {one.decided.block:,} are still to be set"
     return name, f"{age} ago", f"block {block:,}{epochs}; of the round of block {weights.block:,}{newest}{waiting}"
 
 
@@ -229,7 +242,7 @@ def _crowns(s: Snapshot, cast: Cast, links: Links) -> str:
         link = f'<a href="{text(links("competition", name))}">{text(name)}</a>'
         holder = _holder(rounds[-1].record.competitions[name]) if rounds else None
         if holder is None:
-            said = "no round yet" if not rounds else "nobody"
+            said = "nobody" if rounds else _not_judged_yet(s, name)
             rows.append(markup.row(link, f"<td>{said}</td>" + 4 * '<td class="n">–</td>'))
             continue
         since = next((one.block for one in reversed(rounds) if _holder_of(one, name) != holder.hotkey), None)
@@ -249,6 +262,35 @@ def _crowns(s: Snapshot, cast: Cast, links: Links) -> str:
     )
 
 
+def _not_judged_yet(s: Snapshot, name: str) -> str:
+    """Of a competition that no round has judged: from which block on one will."""
+    since = next((kept.since for kept in (s.facts.rules if s.facts else ()) if f"{name}.yaml" in kept.texts), 0)
+    return f"in force from block {_since(s, since)}" if s.block is not None and since > s.block else "no round yet"
+
+
+def _miners(s: Snapshot, cast: Cast, links: Links) -> str:
+    """What became of everybody in the newest round, each with its page."""
+    one = s.newest
+    if one is None:
+        return ""
+    if not one.outcomes:
+        return '<section><h2>Miners</h2><p class="note">Nobody had committed to anything in the newest round.</p></section>'
+    sentences = {reason.code: reason.sentence for reason in Reason}
+    paid = {o: one.record.weights_of(o.competition).get(o.hotkey, 0.0) for o in one.outcomes}
+    rows = []
+    for o in sorted(one.outcomes, key=lambda o: (_ORDER.get(o.status, 4), -paid[o], o.competition, o.hotkey)):
+        why = f": <b>{text(o.reason)}</b> {text(sentences.get(o.reason, ''))}" if o.status != "evaluated" else ""
+        cells = f'<td>{text(o.competition) or "–"}</td>{_weight(paid[o])}<td class="why">{page.said_status(o.status)}{why}</td>'
+        rows.append(markup.row(_who(cast, links, o.hotkey), cells))
+    head = markup.header("Miner", "Competition", "#Weight", "Outcome")
+    said = markup.count(len(rows), "commitment")
+    caption = f"{said} in the round of block {one.block:,}; each name leads to the whole story, and what to do"
+    table = markup.table(caption, head, rows)
+    if len(rows) > MANY_MINERS:
+        table = f"<details><summary>Show all {len(rows):,}</summary>{table}</details>"
+    return f"<section><h2>Miners</h2>{table}</section>"
+
+
 def _holder_of(one: Round, name: str) -> str:
     holder = _holder(one.record.competitions[name])
     return holder.hotkey if holder else ""
@@ -262,29 +304,59 @@ def _crowns_of(one: Round, cast: Cast, links: Links) -> str:
 
 def _round_list(s: Snapshot, cast: Cast, links: Links) -> str:
     rows = []
-    for one in reversed(s.rounds[-NEWEST:]):
+    for one in reversed(s.rounds):
         status = Counter(o.status for o in one.outcomes)
         others = sum(count for name, count in status.items() if name not in ("evaluated", "rejected"))
         link = f'<a href="{text(links("round", str(one.block)))}">{one.block:,}</a>'
         cells = "".join(f'<td class="n">{n}</td>' for n in (status["evaluated"], status["rejected"], others))
-        rows.append(markup.row(link, f"<td>{when(one.written)}</td>{cells}<td>{_crowns_of(one, cast, links)}</td>"))
+        rows.append(markup.row(link, f'<td>{when(one.written)}</td>{cells}<td class="why">{_crowns_of(one, cast, links)}</td>'))
     if not rows:
         return ""
     head = markup.header("Block", "Finished", "#Evaluated", "#Refused", "#Others", "Crowns")
     caption = "Newest first; others: they waited for a place, or did not answer"
-    return f"<section><h2>Rounds</h2>{markup.table(caption, head, rows)}</section>"
+    more = ""
+    if older := rows[NEWEST:]:
+        said = f"{markup.count(len(older), 'older round')}"
+        more = f"<details><summary>{said}</summary>{markup.table(said, head, older)}</details>"
+    if s.older:
+        said = f"{markup.count(s.older, 'record')} of still older rounds: `sn29 report --rounds N` shows more than these."
+        more += f'<p class="note">{_commands(said)}</p>'
+    return f"<section><h2>Rounds</h2>{markup.table(caption, head, rows[:NEWEST])}{more}</section>"
 
 
 def _weights_on_chain(s: Snapshot, cast: Cast, links: Links) -> str:
     parts = []
     published = s.facts.published if s.facts else {}
     for mechanism, one in sorted(published.items()):
-        stands = one.stands[1].by_hotkey if one.stands else {}
+        decided, stands = one.decided.by_hotkey if one.decided else {}, one.stands[1].by_hotkey if one.stands else {}
+        if not decided and not stands:
+            parts.append('<p class="note">None yet: no model has won anything.</p>' if one.decided else "")
+            continue
         set_at = f"Set at block {one.stands[0]:,}" if one.stands else "Not set yet"
         caption = f"Mechanism {mechanism}: shares of 1" if len(published) > 1 else "Shares of 1"
-        titles = (f"Decided at block {one.decided.block:,}", set_at)
-        parts.append(_two_weights(caption, titles, (one.decided.by_hotkey, stands), cast, links))
-    return f"<section><h2>Weights</h2>{''.join(parts)}</section>" if parts else ""
+        titles = (f"Decided at block {one.decided.block:,}" if one.decided else "Decided", set_at)
+        parts.append(_two_weights(caption, titles, (decided, stands), cast, links))
+    if any(parts) and s.newest is not None:
+        parts.append(_unclaimed(s.newest))
+    return f"<section><h2>Weights</h2>{''.join(parts)}</section>" if any(parts) else ""
+
+
+def _unclaimed(one: Round) -> str:
+    """Why weights are larger than a competition's share: what others do not pay goes to those that have a winner."""
+    empty: dict[int, list[str]] = {}
+    paying: dict[int, list[str]] = {}
+    for name, kept in sorted(one.record.competitions.items()):
+        is_shared = isinstance(kept.parameters, Mapping) and kept.parameters.get("when_empty", "share") == "share"
+        if _holder(kept) is not None:
+            paying.setdefault(kept.mechanism, []).append(name)
+        elif is_shared and not any(m.outcome.status == "unavailable" for m in kept.models):  # else it stays, or is burnt
+            empty.setdefault(kept.mechanism, []).append(name)
+    said = [
+        f"No model won anything in {markup.listed(names)}: in this round {markup.listed(paying[mechanism])} got the whole reward."
+        for mechanism, names in sorted(empty.items())
+        if mechanism in paying
+    ]
+    return f'<p class="note">{text(" ".join(said))}</p>' if said else ""
 
 
 def _two_weights(
@@ -445,7 +517,7 @@ def _standings(one: Round, cast: Cast, links: Links, name: str) -> str:
     caption = f"{markup.count(len(kept.samples), 'sample')} with {num_bytes:,} bytes of text; weight: after the moving average"
     if not rows:
         return '<section><h2>Standings</h2><p class="note">No model was evaluated in the newest round.</p></section>'
-    return f"<section><h2>Standings</h2>{markup.table(caption, head, rows)}</section>"
+    return f"<section><h2>Standings</h2>{markup.table(caption, head, rows)}{_unclaimed(one)}</section>"
 
 
 def _against(c: explain.Comparison | None, cast: Cast) -> str:
@@ -487,6 +559,8 @@ def _history(rounds: Sequence[Round], cast: Cast, name: str) -> str:
     rows = [one.record.weights_of(name) for one in rounds]
     entered = {m.hotkey for one in rounds for m in one.record.competitions[name].models}
     paid = {h for row in rows for h, w in row.items() if w > 0 and h in entered}
+    if not paid:
+        return ""
     order = sorted(paid, key=lambda h: (-rows[-1].get(h, 0.0), -max(row.get(h, 0.0) for row in rows), h))
     blocks = [float(one.block) for one in rounds]
     lines = [Line(*cast.picture(h), blocks, [min(1.0, row.get(h, 0.0)) for row in rows]) for h in order[:MAX_LINES]]
@@ -515,7 +589,7 @@ def _outcome_row(o: Outcome, cast: Cast, links: Links) -> str:
     advice = page.advice(o.reason) if o.status != "evaluated" else ""
     return markup.row(
         _who(cast, links, o.hotkey),
-        f'<td class="why">{why}</td><td class="why">{advice}</td><td>{text(o.status)}</td>',
+        f'<td class="why">{why}</td><td class="why">{advice}</td><td>{page.said_status(o.status)}</td>',
     )
 
 
@@ -735,13 +809,12 @@ def _windows(one: Round) -> str:
 def _outcomes(one: Round, cast: Cast, links: Links) -> str:
     if not one.outcomes:
         return '<section><h2>Outcomes</h2><p class="note">Nobody had committed to anything.</p></section>'
-    order = {"evaluated": 0, "waiting": 1, "unavailable": 2, "rejected": 3}
     rows = []
-    for o in sorted(one.outcomes, key=lambda o: (order.get(o.status, 4), o.competition, o.hotkey)):
+    for o in sorted(one.outcomes, key=lambda o: (_ORDER.get(o.status, 4), o.competition, o.hotkey)):
         shown = {"detail": o.detail, "reason": o.reason, "hotkey": o.hotkey}
         why = f": <b>{text(o.reason)}</b> {text(page.said_of(shown, cast))}" if o.status != "evaluated" else ""
         model = f" <code>{text(o.model)}</code>" if o.model else ""
-        cells = f'<td class="why">{text(o.status)}{why}{model}</td><td>{text(o.competition) or "–"}</td>'
+        cells = f'<td class="why">{page.said_status(o.status)}{why}{model}</td><td>{text(o.competition) or "–"}</td>'
         cells += f'<td class="n">{o.block:,}</td>'
         rows.append(markup.row(_who(cast, links, o.hotkey), cells))
     head = markup.header("Miner", "Outcome, and the model", "Competition", "#Committed at")
@@ -754,5 +827,7 @@ def _decided(one: Round, cast: Cast, links: Links) -> str:
         before = one.record.last_weights.get(mechanism)
         was = before.by_hotkey if before else {}
         caption = f"Mechanism {mechanism}: shares of 1" if len(one.record.weights) > 1 else "Shares of 1"
-        parts.append(_two_weights(caption, ("Decided", "Before"), (weights.by_hotkey, was), cast, links))
-    return f"<section><h2>Weights</h2>{''.join(parts)}</section>" if parts else ""
+        if weights.by_hotkey or was:
+            parts.append(_two_weights(caption, ("Decided", "Before"), (weights.by_hotkey, was), cast, links))
+    none = '<p class="note">None: no model has won anything.</p>'
+    return f"<section><h2>Weights</h2>{''.join(parts) or none}{_unclaimed(one)}</section>" if one.record.weights else ""

@@ -7,6 +7,7 @@ that leads here (DNS rebinding). Whoever listens to others does not show weights
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
 import socket
@@ -19,7 +20,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from sn29.errors import Reason, Rejected, Sn29Error
+from sn29.errors import Reason, Rejected, Sn29Error, Unavailable
 from sn29.report import metrics
 from sn29.report.site import POLICY, Site, answer_json
 from sn29.report.snapshot import Reader, Snapshot
@@ -71,7 +72,7 @@ class Server(ThreadingHTTPServer):
     def __init__(
         self, host: str, port: int, pages: Pages, say: Callable[[str], None] = lambda _: None, silence_s: float = SILENCE_S
     ) -> None:
-        """Raises Rejected(SETTING) when nothing can listen there."""
+        """Raises Unavailable when nothing can listen there."""
         self.pages, self.say, self._silence_s = pages, say, silence_s
         self._changing = threading.Lock()
         self._visitors = 0
@@ -80,9 +81,7 @@ class Server(ThreadingHTTPServer):
             self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
             super().__init__((host, port), _Handler)
         except (OSError, UnicodeError) as error:
-            raise Rejected(
-                Reason.SETTING, f"{host}:{port}: {error}", "an address of this machine and a free port", "--serve"
-            ) from None
+            raise Unavailable(f"{host}:{port}", _why_not(error, port)) from None
         self.is_loopback = _is_loopback(self.server_address[0])
 
     @property
@@ -143,6 +142,17 @@ class Server(ThreadingHTTPServer):
         name = name.strip("[]").lower()
         is_near = "." not in name and ":" not in name and not self.is_loopback  # `validator`, of a network of containers
         return bool(name) and (name == "localhost" or is_near or _is_address(name))
+
+
+def _why_not(error: OSError | UnicodeError, port: int) -> str:
+    """Why nothing can listen there, and what to do."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.EADDRINUSE:
+        return f"port {port} is taken by another program; name another port with --serve"
+    if number == errno.EACCES:
+        return f"port {port} is for root alone; name one from 1024 on with --serve"
+    said = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return f"no address of this machine ({said}); name one with --serve, such as 127.0.0.1:2929"
 
 
 def _is_loopback(host: str | bytes | bytearray) -> bool:
@@ -220,8 +230,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _health(s: Snapshot) -> tuple[HTTPStatus, str, bytes]:
-    alarms = [f"{alarm.level}: {alarm.sentence}\n" for alarm in s.alarms]
-    said = "".join(alarms) or "all is well\n"
+    alarms = [f"{alarm.level}: {alarm.sentence}; what to do: {alarm.advice}\n" for alarm in s.alarms]
+    said = "".join(alarms) or ("stopped, as it was asked to\n" if s.was_asked_to_stop else "all is well\n")
     return HTTPStatus.OK if s.is_healthy else HTTPStatus.SERVICE_UNAVAILABLE, _PLAIN, said.encode(errors="replace")
 
 

@@ -241,11 +241,11 @@ def status_json(s: Snapshot) -> Mapping[str, Any]:
         "block": s.block,
         "weights": {
             str(mechanism): {
-                "decided_at": one.decided.block,
+                "decided_at": one.decided.block if one.decided else None,
                 "set_at": one.stands[0] if one.stands else None,
                 "age_epochs": (s.block - one.stands[0]) / s.epoch if one.stands and s.block is not None else None,
                 "on_the_way": len(one.on_its_way),
-                "decided": dict(one.decided.by_hotkey),
+                "decided": dict(one.decided.by_hotkey) if one.decided else {},
                 "on_chain": dict(one.stands[1].by_hotkey) if one.stands else {},
             }
             for mechanism, one in published

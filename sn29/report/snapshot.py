@@ -57,8 +57,9 @@ class Alarm:
 
 
 ALARMS: Mapping[str, str] = {
-    "status_old": "status.json is missing or older than a minute, or says that the program has ended",
-    "restart_loop": "the program was started 4 times or more within 15 minutes",
+    "status_old": "status.json is missing or older than a minute, or says that the program has ended without being asked to",
+    "restart_loop": "the program was started 4 times or more within 15 minutes, without starts that ended as they were asked to "
+    "or were refused for their settings",
     "chain_old": "the newest final block, or the start where none was seen, is older than 25 blocks and a minute",
     "weights_old": "no weight set stands on chain that is younger than --weights.alarm-epochs epochs",
     "not_published": "every try to set weights has failed for 15 minutes",
@@ -94,13 +95,18 @@ class Round:
         kept = (m.outcome for _, c in sorted(self.record.competitions.items()) for m in c.models)
         return (*self.record.no_competition, *kept)
 
+    @property
+    def pays(self) -> bool:
+        """Whether it decided any weight."""
+        return any(weights.by_hotkey for weights in self.record.weights.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Published:
     """One mechanism's weights."""
 
-    decided: Weights
-    """By the newest round that is ours to publish."""
+    decided: Weights | None
+    """By the newest round that is ours to publish; None: not to be seen yet, see `Snapshot.revealed`."""
     stands: tuple[int, Weights] | None
     """Block of our newest set on chain that was read back, and what it is."""
     on_its_way: tuple[Sent, ...]
@@ -150,16 +156,21 @@ class Snapshot:
     """(block, when it was written) of the newest record, also of one that is withheld."""
     withheld: int = 0
     """Rounds that are left out, see `revealed`."""
+    older: int = 0
+    """Records that were not read: older ones than the newest."""
 
     def revealed(self) -> Snapshot:
-        """Without the rounds whose weights the chain does not show yet, where it conceals them: others would copy them."""
-        if self.facts is None or self.facts.seen is None or not self.facts.seen.reveal_epochs:
+        """Without the rounds whose weights the chain does not show yet, or may not show: others would copy them. All is shown
+        where it is known that weights are set in the open, and of records alone, which somebody has named."""
+        seen = self.facts.seen if self.facts else None
+        if self.folder is None or (seen is not None and seen.reveal_epochs == 0):
             return self
-        published = self.facts.published
-        upto = min((one.stands[1].block if one.stands else -1 for one in published.values()), default=-1)
-        shown = {m: replace(one, decided=one.stands[1] if one.stands else Weights(-1, {})) for m, one in published.items()}
-        rounds = tuple(one for one in self.rounds if one.block <= upto)
-        facts = replace(self.facts, published=shown)
+        published = self.facts.published if self.facts else {}
+        paying = [one for one in published.values() if one.stands or (one.decided and one.decided.by_hotkey)]
+        upto = min((one.stands[1].block if one.stands else -1 for one in paying), default=-1)
+        shown = {m: replace(one, decided=one.stands[1] if one.stands else None) for m, one in published.items()}
+        rounds = tuple(one for one in self.rounds if one.block <= upto or not one.pays)
+        facts = replace(self.facts, published=shown) if self.facts else None
         return replace(self, facts=facts, rounds=rounds, withheld=len(self.rounds) - len(rounds))
 
     @property
@@ -170,6 +181,10 @@ class Snapshot:
     def is_live(self) -> bool:
         """A program writes its status now and then, until it ends: its age says whether it lives."""
         return self.status is not None and self.status.stage != STOPPED and abs(self.at - self.status.updated) <= STALE_S
+
+    @property
+    def was_asked_to_stop(self) -> bool:
+        return self.status is not None and self.status.stage == STOPPED and not self.status.detail
 
     @property
     def validator(self) -> Status | None:
@@ -188,7 +203,7 @@ class Snapshot:
     @property
     def patience(self) -> int:
         """Epochs after which the weight set on chain is too old: before it stands it waits to be revealed."""
-        return self.alarm_epochs + (self.facts.seen.reveal_epochs if self.facts and self.facts.seen else 0)
+        return self.alarm_epochs + ((self.facts.seen.reveal_epochs or 0) if self.facts and self.facts.seen else 0)
 
     @property
     def epoch(self) -> int:
@@ -257,7 +272,7 @@ class Reader:
             found: list[Alarm] = []  # what could not be read
             status = self._status(found)
             facts = self._facts(found)
-            rounds = self._rounds(found)
+            rounds, older = self._rounds(found)
             try:
                 files = self.rules()
             except Sn29Error as error:
@@ -266,7 +281,9 @@ class Reader:
                 found.append(Alarm("rules", "warning", clean(error), advice))
             free, size = _disk(self.folder)
             newest = (rounds[-1].block, rounds[-1].written) if rounds else None
-            now = Snapshot(time.time(), self.folder, status, facts, rounds, files, free, size, (), self.alarm_epochs, newest)
+            now = Snapshot(
+                time.time(), self.folder, status, facts, rounds, files, free, size, (), self.alarm_epochs, newest, older=older
+            )
             names = {alarm.name for alarm in found}
             raised = [*(alarm for alarm in alarms(now) if alarm.name not in names), *found]
             return replace(now, alarms=tuple(sorted(raised, key=lambda alarm: alarm.level != "critical")))
@@ -306,7 +323,8 @@ class Reader:
             found.append(Alarm("store", "critical", clean(error), advice))
             return None
 
-    def _rounds(self, found: list[Alarm]) -> tuple[Round, ...]:
+    def _rounds(self, found: list[Alarm]) -> tuple[tuple[Round, ...], int]:
+        """The newest, and how many older records there are."""
         try:
             if self.records:
                 paths = record_files.paths(self.records)
@@ -315,7 +333,7 @@ class Reader:
                 paths = record_files.paths([folder]) if record_files.has_any(folder) else []
         except (Sn29Error, OSError) as error:
             found.append(Alarm("records", "warning", clean(error), _LOOK_AT_RECORDS))
-            return ()
+            return (), 0
         rounds: dict[int, Round] = {}
         wrong: list[Sn29Error] = []
         looked = set[Path]()
@@ -332,7 +350,7 @@ class Reader:
         if wrong:
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             found.append(Alarm("records", "warning", f"{clean(wrong[0])}{more}", _LOOK_AT_RECORDS))
-        return tuple(rounds[block] for block in sorted(rounds))
+        return tuple(rounds[block] for block in sorted(rounds)), len(paths) - len(looked)
 
     def _round(self, path: Path) -> Round | Sn29Error:
         """The record, which this version can compute again; or why there is none."""
@@ -382,6 +400,9 @@ def alarms(snapshot: Snapshot) -> list[Alarm]:
     """What is known of a program by its folder alone; nothing where no folder was named."""
     if snapshot.folder is None:
         return []
+    if snapshot.was_asked_to_stop:  # nobody works, sets weights or follows the chain, and whoever asked for that knows
+        found = [_disk_full(snapshot)]
+        return [alarm for alarm in found if alarm is not None]
     checks = (_status_old, _restart_loop, _chain_old, _not_published, _disk_full, _round_overdue, _no_round, _bugs)
     found = [check(snapshot) for check in checks]
     return [alarm for alarm in (*found, *_weights_old(snapshot)) if alarm is not None]
@@ -393,9 +414,8 @@ def _status_old(s: Snapshot) -> Alarm | None:
     if s.status is None:
         return Alarm("status_old", "critical", f"no {STATUS} in {s.folder}", _LOOK_AT_PROGRAM)
     if s.status.stage == STOPPED:
-        why = f": {s.status.detail}" if s.status.detail else ", as it was asked to"
-        said = f"the program ended {lasting(s.at - s.status.updated)} ago{why}"
-        return Alarm("status_old", "critical" if s.status.detail else "warning", said, _LOOK_AT_PROGRAM)
+        said = f"the program ended {lasting(s.at - s.status.updated)} ago: {s.status.detail}"
+        return Alarm("status_old", "critical", said, _LOOK_AT_PROGRAM)
     age = s.at - s.status.updated
     said = f"no word from the program for {lasting(age)}" if age >= 0 else f"its last word is of {lasting(-age)} from now"
     return Alarm("status_old", "critical", said, _LOOK_AT_PROGRAM)
@@ -453,7 +473,7 @@ def _weights_old(s: Snapshot) -> list[Alarm]:
         return []
     found = []
     for mechanism, one in sorted(s.facts.published.items()):
-        since = one.stands[0] if one.stands else s.facts.first_decided or one.decided.block
+        since = one.stands[0] if one.stands else s.facts.first_decided or (one.decided.block if one.decided else s.block)
         epochs = (s.block - since) // s.epoch
         if epochs >= s.patience:
             which = f" of mechanism {mechanism}" if mechanism else ""

@@ -63,7 +63,9 @@ nav{margin:1.25rem 0;font-size:.9375rem}
 nav a{display:inline-block;margin-right:1rem}
 a{color:inherit;text-decoration-color:var(--muted);text-underline-offset:.2em}
 .lead ul,ul.lead{padding-left:1.1rem;margin:.5rem 0}
-.box{overflow-x:auto;margin:1rem 0}
+.box{overflow-x:auto;margin:1rem 0;background:linear-gradient(to left,var(--paper) 50%,transparent) right/3rem 100%,
+ linear-gradient(to left,color-mix(in srgb,var(--muted) 55%,transparent),transparent) right/.7rem 100%;
+ background-repeat:no-repeat;background-attachment:local,scroll}
 table{border-collapse:separate;border-spacing:0;width:100%;font-size:.9375rem;line-height:1.4;
  font-variant-numeric:tabular-nums lining-nums}
 caption{text-align:left;caption-side:top;padding:0 0 .6rem}
@@ -76,11 +78,14 @@ tfoot th,tfoot td{border-bottom:0;color:var(--muted);font-weight:400}
 .n{text-align:right;white-space:nowrap}
 .first td,.first th{font-weight:650}
 .first .why,.why{color:var(--muted);font-weight:400;font-size:.875rem;min-width:17rem;overflow-wrap:anywhere}
+.why.hash{min-width:10rem}
 .n+:not(.n){padding-left:.9rem}
 .why b{font-weight:600;color:var(--ink)}
 .who::before{content:"";display:inline-block;width:.55rem;height:.55rem;border-radius:50%;margin-right:.5rem}
 .none{color:var(--muted)}
 code{font:.8125rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
+.whole{white-space:nowrap;user-select:all;-webkit-user-select:all}
+span:target{scroll-margin-top:1rem;outline:2px solid var(--more);outline-offset:4px;border-radius:3px}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1.5rem 2rem;align-items:start}
 figure{margin:1rem 0 0;min-width:0}
 figure h3,h3{font-size:.9375rem;font-weight:600;margin:1.25rem 0 .5rem}
@@ -151,7 +156,15 @@ footer{margin-top:3.5rem;padding-top:1rem;border-top:1px solid var(--rule);color
 @media(prefers-reduced-motion:no-preference){progress::-webkit-progress-value{transition:width .4s}}
 @media(max-width:34rem){.why,.first .why{min-width:12.4rem}.facts{grid-template-columns:1fr;gap:0}.facts dd{margin-bottom:.6rem}
  .stages li{flex-basis:28%}.tiles{grid-template-columns:1fr 1fr}}
+@media(max-width:34rem){.cards thead{position:absolute;clip-path:inset(50%);height:1px;overflow:hidden}
+ .cards table,.cards caption,.cards tbody,.cards tfoot{display:block}
+ .cards tr{display:flex;flex-wrap:wrap;gap:.15rem 1.1rem;padding:.6rem 0;border-bottom:1px solid var(--rule)}
+ .cards th,.cards td{display:block;padding:0;border:0;position:static;text-align:left}
+ .cards tbody th,.cards .why{flex:0 0 100%;min-width:0}.cards td:empty{display:none}.whole{white-space:normal}
+ .cards .n+:not(.n){padding-left:0}
+ .cards td[data-title]::before{content:attr(data-title);color:var(--muted);font-weight:400;font-size:.8125rem;margin-right:.4rem}
+ .cards td.why[data-title]::before{display:block}}
 @media(max-width:34rem){body{padding:1.5rem 1rem 3rem}h2{margin-top:2.5rem}table{font-size:.875rem}
- caption span{max-width:calc(100vw - 2rem)}td[colspan] span{max-width:calc(100vw - 9rem)}}
+ caption span{max-width:calc(100vw - 2rem)}}
 @media print{body{max-width:none}details{display:block}}
 """.replace("\n", "")

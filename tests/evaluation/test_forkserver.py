@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import os
 import signal
@@ -64,6 +65,11 @@ def sleeps(argument: str, talk: socket.socket | None) -> None:
         time.sleep(60)
     Path(argument).write_text(str(os.getpid()))
     time.sleep(60)
+
+
+def says_when_the_interpreter_closes(argument: str) -> str:
+    atexit.register(Path(argument).write_text, "closed")
+    return ""
 
 
 def fails_in_the_server(argument: str) -> str:
@@ -271,3 +277,14 @@ def test_a_start_that_is_called_off_ends_the_server_at_once(tmp_path, monkeypatc
                 return await process.wait()
 
     assert asyncio.run(called_off()) == -signal.SIGKILL
+
+
+def test_who_closes_it_does_not_wait_for_the_interpreter(tmp_path):
+    """With torch in it that is a second and more."""
+
+    async def story() -> None:
+        async with ForkServer(libraries=()) as server:
+            await server.call(f"{HERE}:says_when_the_interpreter_closes", str(tmp_path / "said"))
+
+    asyncio.run(story())
+    assert not (tmp_path / "said").exists()

@@ -196,6 +196,17 @@ def test_everybody_and_every_reason_is_there(page: Page) -> None:
     assert "commit again with sn29 miner , which writes the string for you" in words
 
 
+def test_a_miner_leads_to_its_refusal_and_to_its_hotkey_in_full(source: str, page: Page) -> None:
+    ids = {value for _, name, value in page.attributes if name == "id"}
+    assert {f"h-{hotkey}" for hotkey in (ALICE, BOB, EVE, NOBODY)} | {f"r-{EVE}", f"r-{NOBODY}"} <= ids
+    assert f"r-{ALICE}" not in ids
+    targets = [value[1:] for tag, name, value in page.attributes if tag == "a" and name == "href"]
+    assert targets.count(f"r-{EVE}") > 1, "from the standings and from its hotkey"
+    assert set(targets) <= ids
+    assert f'<code class="whole">{EVE}</code>' in source
+    assert "rejected" not in page.text()
+
+
 def test_the_figures_of_the_standings(page: Page) -> None:
     cells = page.text("td")
     bits = (100 + 210 + 300 + 90) / math.log(2) / 400

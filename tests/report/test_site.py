@@ -15,9 +15,10 @@ from test_page import Page
 from watched import ALICE, BOB, CAROL, DAVE, EVE, FIRST, HOSTILE, VALIDATOR, ZED, Watched, telling, watched
 
 from sn29 import cli, telemetry
+from sn29.records import Weights
 from sn29.report import pages
 from sn29.report.site import Site, answer_json, everything, link, parsed, whole
-from sn29.report.snapshot import Reader, Snapshot
+from sn29.report.snapshot import Reader, Snapshot, alarms
 from sn29.round_record import decode
 from sn29.rules.schedule import CompetitionFile, parse_file
 from sn29.store import Imported, RulesKept
@@ -114,8 +115,6 @@ def test_now_says_stage_progress_age_of_weights_and_that_all_is_well(site: Site,
 def test_alarms_come_first_with_what_to_do(site: Site, snapshot: Snapshot) -> None:
     assert snapshot.status is not None
     silent = replace(snapshot.status, updated=snapshot.at - 300)
-    from sn29.report.snapshot import alarms
-
     old = replace(snapshot, status=silent)
     page = read(site, replace(old, alarms=tuple(alarms(old))), "/")
     said = page.text()
@@ -268,7 +267,7 @@ def test_a_crown_of_an_older_round_says_so(site: Site, snapshot: Snapshot) -> No
     newest = snapshot.rounds[-1]
     empty = replace(newest, record=replace(newest.record, competitions={}))
     said = read(site, replace(snapshot, rounds=(*snapshot.rounds[:-1], empty)), "/").text()
-    crowns = said.partition("Who holds each crown")[2].partition("Rounds")[0]
+    crowns = said.partition("Who holds each crown")[2].partition("Miners")[0]
     assert f"{snapshot.rounds[-2].block:,}" in crowns
     assert f"{newest.block:,}" not in crowns
 
@@ -332,3 +331,89 @@ def test_a_coming_change_of_the_software_and_losses_of_others_are_told(site: Sit
     assert [one["from_block"] for one in found["judged_by"]] == [0, coming]
     assert found["imports"][0]["cells"] == 12_345
     assert "What rounds are judged by" not in read(site, replace(snapshot, facts=replace(snapshot.facts, rules=())), "/").text()
+
+
+def test_every_miner_of_the_newest_round_is_one_click_away(site: Site, snapshot: Snapshot) -> None:
+    page = read(site, snapshot, "/")
+    said = page.text().partition("6 commitments in the round of block")[2].partition("Rounds")[0]
+    for words in ("refused: parameters the number of parameters is outside", "refused: malformed_commitment", "evaluated"):
+        assert words in said, words
+    assert {link("miner", hotkey) for hotkey in (ALICE, BOB, CAROL, DAVE, EVE, ZED)} <= links(page)
+    everywhere = "".join(read(site, snapshot, path).text() for path in PATHS)
+    assert "rejected" not in everywhere, "one word for one thing"
+    named = [value for tag, name, value in page.attributes if (tag, name) == ("td", "data-title")]
+    assert {"Competition", "Weight", "Outcome", "Crowns"} <= set(named)
+
+
+def test_a_program_that_was_asked_to_stop_is_no_alarm_and_waits_for_no_window(site: Site, snapshot: Snapshot) -> None:
+    assert snapshot.status is not None
+    assert "Next window" in read(site, snapshot, "/").text()
+    ended = replace(snapshot.status, stage=telemetry.STOPPED, detail="", updated=snapshot.at - 300)
+    stopped = replace(snapshot, status=ended)
+    assert [alarm.name for alarm in alarms(stopped) if alarm.name != "disk_full"] == []
+    said = read(site, replace(stopped, alarms=()), "/").text()
+    assert "Stopped 5 min ago, as it was asked to" in said
+    assert "All is well" not in said
+    assert "Next window" not in said
+
+
+def test_a_competition_that_is_to_come_says_from_which_block_on(site: Site, snapshot: Snapshot) -> None:
+    assert snapshot.facts is not None
+    assert snapshot.block is not None
+    coming = snapshot.block + 100
+    kept = (RulesKept(0, {"c00.yaml": "a"}, {}), RulesKept(coming, {"c00.yaml": "a", "c02.yaml": "b"}, {}))
+    files = {**snapshot.files, "c02": parse_file("c02", c00_text("champion"))}
+    found = replace(snapshot, files=files, facts=replace(snapshot.facts, rules=kept))
+    assert f"c02 in force from block {coming:,} (in " in read(site, found, "/").text()
+    known = replace(found, facts=replace(snapshot.facts, rules=kept[:1]))
+    assert "c02 no round yet" in read(site, known, "/").text()
+
+
+def _with_an_empty_one(snapshot: Snapshot, **parameters: object) -> Snapshot:
+    """Its newest round judged c01 too, in which nobody won anything."""
+    newest = snapshot.rounds[-1]
+    kept = newest.record.competitions["c00"]
+    seed = replace(kept.window, competition="c01")
+    empty = replace(kept, window=seed, models=(), scores=(), duels=(), parameters={**kept.parameters, **parameters})
+    record = replace(newest.record, competitions={"c00": kept, "c01": empty})
+    return replace(snapshot, rounds=(*snapshot.rounds[:-1], replace(newest, record=record)))
+
+
+def test_why_a_weight_is_larger_than_its_competitions_share_is_said(snapshot: Snapshot) -> None:
+    shared = _with_an_empty_one(snapshot)
+    words = "No model won anything in c01: in this round c00 got the whole reward."
+    for path in ("/", "/competition/c00", f"/round/{snapshot.rounds[-1].block}"):
+        assert words in read(Site(), shared, path).text(), path
+    held = _with_an_empty_one(snapshot, when_empty="hold")
+    assert "No model won anything" not in read(Site(), held, "/").text(), "nobody else got it"
+    nobody = read(Site(), shared, "/competition/c01")
+    assert nobody.tags["svg"] == 0, "an empty picture says nothing"
+    assert "No model was evaluated in the newest round." in nobody.text()
+
+
+def test_weights_of_nobody_are_told_in_words(site: Site, snapshot: Snapshot) -> None:
+    assert snapshot.facts is not None
+    one = snapshot.facts.published[0]
+    assert one.decided is not None
+
+    def said(**changes) -> str:
+        facts = replace(snapshot.facts, published={0: replace(one, stands=None, on_its_way=(), **changes)})
+        return read(site, replace(snapshot, facts=facts), "/").text()
+
+    due = said()
+    assert f"Last weight set none yet the weights of the round of block {one.decided.block:,} are still to be set" in due
+    nobody = said(decided=Weights(one.decided.block, {}))
+    assert "Last weight set none yet no model has won anything yet, so there is nobody to pay" in nobody
+    assert "Weights None yet: no model has won anything." in nobody
+    assert "block -1" not in said(decided=None)
+
+
+def test_rounds_that_are_not_in_the_list_are_counted(site: Site, snapshot: Snapshot, tmp_path: Path) -> None:
+    many = watched(tmp_path, rounds=pages.NEWEST + 3)
+    found = Reader(tmp_path, rounds=pages.NEWEST + 2).read()
+    page = read(site, found, "/")
+    said = page.text()
+    assert "2 older rounds" in said
+    assert "1 record of still older rounds: sn29 report --rounds N shows more than these" in said
+    assert link("round", str(many.records[1].head.block)) in links(page)
+    assert "older round" not in read(site, snapshot, "/").text()

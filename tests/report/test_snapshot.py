@@ -21,7 +21,7 @@ from sn29.errors import Reason, Rejected
 from sn29.records import Weights
 from sn29.report import metrics
 from sn29.report.site import everything, whole
-from sn29.report.snapshot import ALARMS, LITTLE_FREE, Reader, alarms, lasting
+from sn29.report.snapshot import ALARMS, LITTLE_FREE, Published, Reader, alarms, lasting
 from sn29.rules.schedule import parse_file
 from sn29.store import ChainSeen, Store
 
@@ -106,6 +106,21 @@ def test_a_program_that_does_not_stay_up_and_one_with_bugs(tmp_path: Path) -> No
     assert found.rounds == ()
 
 
+def test_a_program_that_was_stopped_and_started_again_and_again_does_stay_up(tmp_path: Path) -> None:
+    telemetry.configure(level="CRITICAL")
+    path = tmp_path / telemetry.STATUS
+    for why, settled in (("", False), ("no wallet", True), ("", False), ("no pins", True), ("", False)):
+        telemetry.keep_status(path, "validator")
+        telemetry.leave_status(why, settled=settled)
+    telemetry.keep_status(path, "validator")
+    assert names(Reader(tmp_path).read()) == []
+    for _ in range(3):
+        telemetry.leave_status("the disk is gone")
+        telemetry.keep_status(path, "validator")
+    assert names(Reader(tmp_path).read()) == ["restart_loop"]
+    telemetry.leave_status()
+
+
 def test_a_program_that_never_got_anywhere_is_not_well(tmp_path: Path) -> None:
     Store(tmp_path / "store.db").close()
     telemetry.configure(level="CRITICAL")
@@ -136,12 +151,15 @@ def test_a_program_that_ended_says_so_and_is_not_told_to_hang(tmp_path: Path) ->
         pass
     found = Reader(tmp_path, rules=rules).read()
     assert not found.is_live
-    assert [(a.name, a.level) for a in found.alarms if a.name != "disk_full"] == [("status_old", "warning")]
-    assert "ended 0 s ago, as it was asked to" in found.alarms[0].sentence or "ended 1 s ago" in found.alarms[0].sentence
+    assert names(found) == [], "it was asked to"
+    later = [a.name for a in alarms(replace(found, at=found.at + 12 * WINDOW * 5)) if a.name != "disk_full"]
+    assert later == [], "nor for what nobody does since then"
+    assert found.was_asked_to_stop
     telemetry.keep_status(tmp_path / telemetry.STATUS, "validator")
     telemetry.leave_status("no wallet")
     (broken,) = [a for a in Reader(tmp_path, rules=rules).read().alarms if a.name == "status_old"]
     assert (broken.level, "no wallet" in broken.sentence) == ("critical", True)
+    assert "look at its log" in broken.advice
 
 
 def test_of_a_program_that_ended_nobody_says_that_its_chain_is_old(tmp_path: Path) -> None:
@@ -204,6 +222,35 @@ def test_weights_that_the_chain_conceals_are_not_for_others(tmp_path: Path) -> N
     assert own.rounds[-1].sha256 not in said
     assert shown.facts is not None
     assert shown.facts.published[0].decided.by_hotkey == {EVE: 1.0}
+
+
+def test_what_may_be_concealed_is_not_for_others_either(tmp_path: Path) -> None:
+    state = watched(tmp_path, rounds=2, published=False)
+    with closing(Store(tmp_path / "store.db")) as store:
+        store.keep_chain_seen(ChainSeen(state.head, time.time(), 12.0, 360, None))
+    unasked = Reader(tmp_path).read().revealed()
+    assert (unasked.rounds, unasked.withheld) == ((), 2)
+    said = whole(unasked) + json.dumps(everything(unasked), allow_nan=False)
+    assert "block -1" not in said
+    assert everything(unasked)["now"]["weights"]["0"]["decided_at"] is None
+    for leftover in ("store.db-wal", "store.db-shm"):
+        (tmp_path / leftover).unlink(missing_ok=True)
+    (tmp_path / "store.db").write_bytes(b"no database" * 1000)
+    damaged = Reader(tmp_path).read()
+    assert "store" in names(damaged)
+    assert (damaged.revealed().rounds, damaged.revealed().withheld) == ((), 2)
+    assert len(Reader(None, [tmp_path / "records"]).read().revealed().rounds) == 2, "somebody has named them"
+
+
+def test_a_mechanism_that_pays_nobody_holds_nothing_back(tmp_path: Path) -> None:
+    state = watched(tmp_path, rounds=2)
+    with closing(Store(tmp_path / "store.db")) as store:
+        store.keep_chain_seen(ChainSeen(state.head, time.time(), 12.0, 360, 1))
+    own = Reader(tmp_path).read()
+    assert own.facts is not None
+    nobody = Published(Weights(state.newest.head.block, {}), None, (), 0)
+    facts = replace(own.facts, published={**own.facts.published, 1: nobody})
+    assert replace(own, facts=facts).revealed().rounds == own.rounds
 
 
 def test_a_disk_that_is_nearly_full(tmp_path: Path) -> None:

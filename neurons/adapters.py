@@ -104,7 +104,11 @@ _NAME_A_FOLDER = (
 def read_texts(folder: Path) -> dict[str, str]:
     """File name -> text of every competition file in a folder, and of the hall of fame. Raises Rejected(COMPETITION_FILE)."""
     texts = {}
-    for path in sorted(folder.glob("*.y*ml")) if folder.is_dir() else ():
+    try:
+        paths = sorted(folder.glob("*.y*ml")) if folder.is_dir() else []
+    except OSError as error:  # a network's disk that is away
+        raise Rejected(Reason.COMPETITION_FILE, error, "a folder that can be read", str(folder)) from None
+    for path in paths:
         if path.suffix != ".yaml":
             raise Rejected(Reason.COMPETITION_FILE, path.name, f"{path.stem}.yaml", str(folder))
         try:

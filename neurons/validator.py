@@ -119,7 +119,6 @@ async def _judge_and_publish(
     from sn29 import changeover
     from sn29.examination import Ports
     from sn29.publication import Publisher
-    from sn29.round import begin_with
     from sn29.step_log import HeldSteps
 
     chain = open_chain(settings)
@@ -144,8 +143,10 @@ async def _judge_and_publish(
             cells = settings.warm_start_cells
             await _until_it_answers(lambda: warm_start(ports, reader.rules(), named, cells=cells), publisher, settings.poll_s)
         if settings.start_record is not None:
-            record = record_files.read(settings.start_record)
-            await _until_it_answers(lambda: begin_with(ports, record), publisher, settings.poll_s)
+            from sn29.warm_start import begin_from
+
+            path, record = settings.start_record, record_files.read(settings.start_record)
+            await _until_it_answers(lambda: begin_from(ports, reader.rules(), record, path), publisher, settings.poll_s)
         rounds_done = asyncio.Event()
         log = telemetry.Curves(settings.wandb, settings.state_dir, {"hotkey": chain.hotkey}) if settings.wandb else None
         held = HeldSteps(settings.state_dir / "wandb-held", store, log.log) if log is not None else None
@@ -209,12 +210,18 @@ class NotedRules:
         return block
 
     async def watch(self, done: asyncio.Event, poll_s: float) -> None:
+        said = ""
         while not done.is_set():
             try:
                 async with self.planning:
                     await self.look()
+                said = ""
             except Unavailable:  # the publisher tells that the chain does not answer
                 pass
+            except Sn29Error as error:
+                if str(error) != said:
+                    telemetry.warn("rules_unread", f"the competition files could not be looked at: {error}; it is tried again")
+                said = str(error)
             except Exception:  # noqa: BLE001 - the third daemon loop: files may lie on a network's disk
                 telemetry.bug("looking at the competition files failed; it is tried again")
             with suppress(TimeoutError):
@@ -274,9 +281,11 @@ async def _publish(publisher: Publisher, stop: Stop, poll_s: float, rounds_done:
         try:
             await _pause(publisher, pause_s, poll_s)
             last_look = rounds_done.is_set()
-            steps = await _look(publisher, stop)
-            if held is not None:
-                _show(held)
+            try:
+                steps = await _look(publisher, stop)
+            finally:  # a round that pays nobody, or is judged in the open, is shown also where no weights can be set
+                if held is not None:
+                    _show(held)
             if last_look and all(isinstance(step, Step) and step.settled for step in steps.values()):
                 return
             pause_s = poll_s

@@ -304,7 +304,9 @@ class ChainState:
         if isinstance(error, TimeoutError):
             return Unavailable(what, f"the chain did not answer within {self._deadline_s:g} s")
         if isinstance(error, StorageFunctionNotFound):
-            return Unavailable(what, f"the chain's runtime and bittensor {bt.__version__} do not match: {error}")
+            # Of an old block that is for good, as if it were forgotten.
+            why = f"the chain's runtime and bittensor {bt.__version__} do not match: {error}"
+            return Unavailable(what, why, forgotten=True)
         if isinstance(error, bt.RpcPolicyError):
             return Unavailable(what, f"the node refuses traffic: {error}", pause_of(error))
         if is_pruned(error):

@@ -8,9 +8,10 @@
 A round block is one at which a window of any competition opens. Validators that get new rules between the same two of them,
 sooner or later, restarted or not, so change at the same block, if each looks for new files all the time, also while it works on
 a round. Where windows are of different lengths, that block may lie inside a longer one, whose later rounds are then judged by
-the new rules. One that did not look between the newest round block and its getting new rules cannot know on which side of that
-block the others got them, and leaves the open round out. Who gets them after another round block changes at another one: what
-everybody should change at once stands in the files themselves with its block, days ahead: see `rules.schedule`.
+the new rules. One that did not look between a round block and its getting new rules cannot know on which side of that block the
+others got them: it leaves out the rounds from the first such block on, up to the one from which on it has the new rules. Who
+gets them after another round block changes at another one: what everybody should change at once stands in the files themselves
+with its block, days ahead: see `rules.schedule`.
 """
 
 from __future__ import annotations
@@ -51,11 +52,20 @@ def software() -> dict[str, str]:
 
 def note(store: Store, block: int, texts: Mapping[str, str], running: Mapping[str, str], parse: Parse) -> None:
     """Notes what a validator has at a final block: its files, and the software that is running."""
-    now, kept = RulesKept(0, texts, running), store.rules_kept()
-    if not kept:
+    _note(store, block, texts, running, parse)
+    looked = store.looked()
+    if looked is None or looked < _newest(parse(texts), block):  # one write a window
+        store.keep_looked(block)
+
+
+def _note(store: Store, block: int, texts: Mapping[str, str], running: Mapping[str, str], parse: Parse) -> None:
+    now, kept = RulesKept(0, texts, running), store.rules_kept(gaps=True)
+    if not any(one.texts for one in kept):
         rules = parse(texts)
         opened = [one for one in store.open_rounds() if one.block >= _newest(rules, block)]  # by an sn29 that kept no rules
         since = _next(rules, block) if any(one.plan.get("rules") not in (None, dict(rules.hashes)) for one in opened) else 0
+        if kept:
+            since = max(since, _next(rules, kept[-1].since))
         store.keep_rules(RulesKept(since, texts, running))
         if since:
             tell("rules", f"the window that is open was begun with other files: these hold from block {since} on", block=since)
@@ -67,18 +77,20 @@ def note(store: Store, block: int, texts: Mapping[str, str], running: Mapping[st
         store.keep_rules(standing)
         tell("rules", "the rules of before are back; what was noted for a later block never took effect")
         return
+    if not standing.texts:
+        standing = kept[-1]
     before = _parsed(standing, parse)
     rules = before or parse(texts)
     since = _next(rules, block)
     what = f"new rules ({'; '.join(differences(standing, now))}) take effect from block {since} on"
-    was_here = _was_here(store, rules, block)
-    if not was_here:
-        how = "nobody looked here since the newest round block, so whether others had them before it is not known: it is left out"
+    unknown = _next(rules, _last_look(store))
+    if unknown < since:
+        how = f"nobody looked here since block {unknown}, so what others judge by from there on is not known: that is left out"
     elif before is None or dict(standing.software) != dict(running):
         how = "what is due before that, the former software judges"
     else:
         how = "earlier rounds are judged as before"
-    store.keep_rules(RulesKept(since, texts, running), alone=not was_here)
+    store.keep_rules(RulesKept(since, texts, running), unknown=unknown)
     tell("rules", f"{what}: {how}", block=since)
 
 
@@ -88,11 +100,11 @@ def due(store: Store, block: int, running: Mapping[str, str], catch_up: int, par
 
     said: the blocks of which that was told.
     """
-    kept = store.rules_kept()
+    kept = store.rules_kept(gaps=True)
     for one, following in zip(kept, (*kept[1:], None), strict=True):
         if following is None:
             return Due(parse(one.texts), one.since, None)
-        rules, last = _parsed(one, parse), following.since - 1
+        rules, last = _parsed(one, parse) if one.texts else None, following.since - 1
         after = max(store.last_finished() or 0, one.since - 1) or None
         found = next_round(_lengths(rules or parse(kept[-1].texts)), block, after, catch_up)
         is_over = block > last and (found is None or found > last)
@@ -100,7 +112,7 @@ def due(store: Store, block: int, running: Mapping[str, str], catch_up: int, par
             return Due(rules, one.since, last)
         if block > last:
             continue  # nobody waits for a round that this software cannot judge
-        if found is not None and one.since not in said:
+        if found is not None and one.texts and one.since not in said:
             said.add(one.since)
             what = "; ".join(differences(one, following))
             why = f"the window that is open was begun with other rules ({what})"
@@ -140,11 +152,9 @@ def _lengths(rules: Rules) -> dict[str, int]:
     return {name: rules.at(name, 0).samples.window_blocks for name in rules.files}
 
 
-def _was_here(store: Store, rules: Rules, block: int) -> bool:
-    """Whether this validator looked, with the rules of before, since the newest round block: new ones came after it then."""
-    opened, seen = _newest(rules, block), store.chain_seen()
-    rounds = [store.last_finished() or 0, *(one.block for one in store.open_rounds())]
-    return max(rounds) >= opened or (seen is not None and seen.block >= opened)
+def _last_look(store: Store) -> int:
+    """The newest block at which this validator is known to have had the rules of before: new ones came after it."""
+    return max(store.looked() or 0, store.last_finished() or 0, *(one.block for one in store.open_rounds()), 0)
 
 
 def _newest(rules: Rules, block: int) -> int:

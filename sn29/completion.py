@@ -144,7 +144,8 @@ _sn29() {{
 _sn29_competitions() {{
     local file
     for file in $(ls competitions 2>/dev/null); do
-        case "$file" in hall_of_fame.yaml) ;; *.yaml) printf '%s ' "${{file%.yaml}}" ;; esac
+        # compgen -W expands its words once more: a name like $(COMMAND).yaml would be run
+        case "$file" in *[!A-Za-z0-9_.-]*|hall_of_fame.yaml) ;; *.yaml) printf '%s ' "${{file%.yaml}}" ;; esac
     done
 }}
 _sn29_paths() {{
@@ -215,7 +216,7 @@ function __sn29_no_config
 end
 function __sn29_competitions
     set -l files competitions/*.yaml
-    string replace -rf '^.*/(.*)[.]yaml$' '$1' -- $files | string match -v hall_of_fame
+    string replace -rf '^.*/([A-Za-z0-9_.-]*)[.]yaml$' '$1' -- $files | string match -v hall_of_fame
 end
 complete -c sn29 -f
 complete -c sn29 -l help -d "what there is here"

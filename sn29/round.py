@@ -258,7 +258,8 @@ async def _claims_on_chain(ports: Ports, record: RoundRecord) -> tuple[dict[str,
                     shown[entry.block] = await commitments_at(ports, entry.block)
                 except Unavailable as error:
                     if not error.forgotten:
-                        raise
+                        how = "it is asked again; --subtensor.archives none takes the record's word for its claims"
+                        raise Unavailable(f"block {entry.block} of the record", f"{error}: {how}") from error
                     forgotten = entry.block
             then = shown[entry.block].get(hotkey) if entry.block > forgotten else None
             if entry.block <= forgotten and block is not None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +18,42 @@ from sn29.round_record import CompetitionRecord, ModelRecord, RoundRecord
 from sn29.rules.competition import competition_of
 from sn29.rules.scoring import win_matrix
 from sn29.store import Store
+from sn29.telemetry import Done, warn
+
+MAX_HELD = 500
+"""Steps, of some 100 KB to some MB each: about three weeks of rounds."""
 
 
 class HeldSteps:
     """Steps that wait until the chain shows the weights of their rounds, as `report.snapshot.Snapshot.revealed` has it: others
-    would copy them before. Each is a file in a folder, so that a restart loses none."""
+    would copy them before. Each is a file in a folder until it is logged, so that a restart loses none."""
 
-    def __init__(self, folder: Path, store: Store, log: Callable[[Mapping[str, Any], int], None]) -> None:
-        """log(values, step)."""
+    def __init__(self, folder: Path, store: Store, log: Callable[[Mapping[str, Any], int, Done], None]) -> None:
+        """log(values, step, done), as of `telemetry.Curves`."""
         self._folder, self._store, self._log = folder, store, log
+        self._on_its_way = threading.Event()
 
     def hold(self, record: RoundRecord, step: Mapping[str, Any]) -> None:
-        """Raises OSError."""
+        """Of more than MAX_HELD the oldest are dropped. Raises OSError."""
         self._folder.mkdir(parents=True, exist_ok=True)
         part = self._folder / "part"
         pays = any(weights.by_hotkey for weights in record.weights.values())
         part.write_text(json.dumps({"pays": pays, "step": step}, allow_nan=False), encoding="utf-8")
         part.replace(self._folder / f"{record.head.block:012d}.json")
+        old = sorted(self._folder.glob("*.json"))[:-MAX_HELD]
+        for path in old:
+            path.unlink(missing_ok=True)
+        if old:
+            warn("wandb", f"more than {MAX_HELD} rounds are not logged yet: the oldest are dropped", dropped=len(old))
 
     def show(self) -> None:
-        """Logs what may be seen by now; in the order of rounds, since Weights & Biases drops a step after a later one.
+        """Logs what may be seen by now; in the order of rounds, since Weights & Biases drops a step after a later one. So the
+        next one waits until this one is known to be there; one that could not be logged is tried again.
 
         Raises OSError.
         """
+        if self._on_its_way.is_set():
+            return
         for path in sorted(self._folder.glob("*.json")):
             try:
                 held = json.loads(path.read_bytes())
@@ -47,8 +62,19 @@ class HeldSteps:
             if held is not None:
                 if held["pays"] and int(path.stem) > self._shown_upto():
                     return
-                self._log(held["step"], int(path.stem))
-            path.unlink()
+                self._on_its_way.set()
+                self._log(held["step"], int(path.stem), partial(self._done, path))
+                if self._on_its_way.is_set() or path.exists():  # not known yet; or it could not be logged
+                    return
+            path.unlink(missing_ok=True)
+
+    def _done(self, path: Path, taken: bool) -> None:
+        if taken:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError:  # it would be logged again and again: once more, by the next start, does no harm
+                return
+        self._on_its_way.clear()
 
     def _shown_upto(self) -> float:
         """The newest block of whose rounds, and of those before, the chain shows all weights."""

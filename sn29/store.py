@@ -638,19 +638,33 @@ class Store:
 
     # --- rules over time --------------------------------------------------------------------------------------------
 
-    def rules_kept(self) -> tuple[RulesKept, ...]:
-        """What rounds were, are and will be judged by, by block."""
-        rows = self._db.execute("select since, texts, software from rules order by since")
+    def rules_kept(self, *, gaps: bool = False) -> tuple[RulesKept, ...]:
+        """What rounds were, are and will be judged by, by block. gaps: also from where on that is not known, without texts."""
+        rows = self._db.execute("select since, texts, software from rules where ? or texts != '{}' order by since", (gaps,))
         return tuple(RulesKept(since, json.loads(texts), json.loads(software)) for since, texts, software in rows)
 
-    def keep_rules(self, rules: RulesKept, *, alone: bool = False) -> None:
+    def keep_rules(self, rules: RulesKept, *, unknown: int | None = None) -> None:
         """These from their block on: what was noted for that block or a later one never took effect. Of those before it the
-        newest is kept, since a round that is open was begun with it; `alone`: none, so that no earlier round is judged."""
+        newest is kept, since a round that is open was begun with it. unknown: the block from which on, up to that of these, it
+        is not known what others judge by; what was noted for that block or a later one goes as well."""
+        first = rules.since if unknown is None else min(unknown, rules.since)
         row = (rules.since, json.dumps(dict(rules.texts)), json.dumps(dict(rules.software)))
         with self._transaction() as db:
-            db.execute("delete from rules where since >= ? or ?", (rules.since, alone))
-            db.execute("delete from rules where since < (select max(since) from rules)")
+            db.execute("delete from rules where since >= ?", (first,))
+            db.execute("delete from rules where since < (select max(since) from rules where texts != '{}')")
+            if first < rules.since:
+                db.execute("insert into rules values (?, '{}', '{}')", (first,))
             db.execute("insert into rules values (?, ?, ?)", row)
+
+    def looked(self) -> int | None:
+        """What `keep_looked` kept last."""
+        block = self._value("select value from meta where key = 'looked'")
+        return None if block is None else int(str(block))
+
+    def keep_looked(self, block: int) -> None:
+        """The final block at which the rules were looked at."""
+        with self._transaction() as db:
+            db.execute("insert or replace into meta values ('looked', ?)", (str(block),))
 
     # --- the file itself --------------------------------------------------------------------------------------------
 

@@ -338,7 +338,9 @@ class Status:
     """The last MAX_WARNINGS, oldest first."""
     starts: tuple[float, ...] = ()
     """When the last MAX_STARTS processes of this folder began that did not stay up, and this one, oldest first. One that ended
-    as it was asked to, or was refused for its settings, is not among them: `leave_status`."""
+    as it was asked to is not among them, nor one of `refused`: `leave_status`."""
+    refused: tuple[float, ...] = ()
+    """When the last MAX_STARTS began that were refused for their settings, oldest first."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), default=str, allow_nan=False)
@@ -352,7 +354,8 @@ class Status:
             known = {one.name: data[one.name] for one in fields(cls) if one.name in data}
             names = {one.name for one in fields(Warned)}
             warned = [Warned(**{k: v for k, v in row.items() if k in names}) for row in known.pop("warnings", ())]
-            found = cls(**known | {"starts": tuple(known.get("starts", ()))}, warnings=tuple(warned))
+            begun = {name: tuple(known.get(name, ())) for name in ("starts", "refused")}
+            found = cls(**known | begun, warnings=tuple(warned))
             _check_numbers(found)
             texts = [found.version, found.program, found.hotkey, found.stage, found.detail, *found.counters, *found.stage_seconds]
             said = [text for w in found.warnings for text in (w.event, w.sentence, w.hotkey)]
@@ -369,7 +372,8 @@ def _check_numbers(status: Status) -> None:
     numbers += [status.done_before, status.counted_since]
     some = (status.round, status.head, status.head_time, status.next_window, status.unpublished_since)
     numbers += [x for x in some if x is not None]
-    numbers += [*status.counters.values(), *status.stage_seconds.values(), *status.starts, *(w.time for w in status.warnings)]
+    numbers += [*status.counters.values(), *status.stage_seconds.values(), *(w.time for w in status.warnings)]
+    numbers += [*status.starts, *status.refused]
     if not all(isinstance(x, int | float) and -_LARGEST <= x <= _LARGEST for x in numbers):
         raise ValueError("a number that is none")
 
@@ -381,8 +385,9 @@ class _Board:
         now = time.time()
         self._path = path
         self._lock = threading.Lock()  # events come from threads too
-        starts = (*_starts(path), now)[-MAX_STARTS:]
-        self._status = Status(__version__, program, os.getpid(), now, now, stage_started=now, starts=starts)
+        starts, refused = _starts(path)
+        starts = (*starts, now)[-MAX_STARTS:]
+        self._status = Status(__version__, program, os.getpid(), now, now, stage_started=now, starts=starts, refused=refused)
         self._counters: Counter[str] = Counter()
         self._seconds: dict[str, float] = {}
         self._warnings: deque[Warned] = deque(maxlen=MAX_WARNINGS)
@@ -402,9 +407,13 @@ class _Board:
             self._status = replace(self._status, **changes)
             self._write(now=now)
 
-    def end(self, why: str, *, forget: bool) -> None:
-        starts = self._status.starts[:-1] if forget else self._status.starts
-        self.change(stage=STOPPED, done=0, of=0, detail=why, round=None, starts=starts, now=True)
+    def end(self, why: str, *, settled: bool) -> None:
+        starts, refused = self._status.starts, self._status.refused
+        if settled and why:
+            refused = (*refused, *starts[-1:])[-MAX_STARTS:]
+        if settled or not why:
+            starts = starts[:-1]
+        self.change(stage=STOPPED, done=0, of=0, detail=why, round=None, starts=starts, refused=refused, now=True)
 
     def count(self, event: str, warned: Warned | None) -> None:
         with self._lock:
@@ -436,11 +445,13 @@ class _Board:
             pass  # a full disk: the file grows old, which its readers say; no reason to stop
 
 
-def _starts(path: Path) -> tuple[float, ...]:
+def _starts(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """`starts` and `refused` of the process before."""
     try:
-        return Status.from_json(path.read_bytes()).starts
+        before = Status.from_json(path.read_bytes())
     except (OSError, Rejected):
-        return ()
+        return (), ()
+    return before.starts, before.refused
 
 
 _board: _Board | None = None
@@ -458,11 +469,11 @@ def keep_status(path: Path, program: str) -> None:
 
 
 def leave_status(why: str = "", *, settled: bool = False) -> None:
-    """The file says that the program has ended, and why if it was not asked to. This start is forgotten where it was asked to,
-    and where the end is settled, as by a setting that is refused: it is no sign of a program that does not stay up."""
+    """The file says that the program has ended, and why if it was not asked to. This start is forgotten where it was asked to;
+    where the end is settled, as by a setting that is refused, it is counted apart: it may have been a person's mistake."""
     global _board
     if _board is not None:
-        _board.end(_line(clean(why)), forget=settled or not why)
+        _board.end(_line(clean(why)), settled=settled)
     _board = None
 
 
@@ -509,13 +520,19 @@ def _line(text: str) -> str:
 
 _WANDB_PAUSE_S = 600.0
 _WANDB_QUEUE = 10_000
+Done = Callable[[bool], None]
+"""done(whether wandb has it)."""
+
+
+def _nobody_asks(taken: bool) -> None:
+    """Where it is all the same."""
 
 
 class Curves:
     """A run of Weights & Biases; a folder's run goes on when it is opened again.
 
     A thread of its own opens it and sends. Nobody waits for it, and whatever fails in it is one warning: with what is logged
-    _WANDB_PAUSE_S later it is opened again, and what was logged meanwhile is not sent.
+    _WANDB_PAUSE_S later it is opened again, and what was logged meanwhile is not sent, which `done` hears.
 
     Of its own accord wandb also sends the command line, where a token may stand, all output and the repository: not here.
     WANDB_MODE=offline writes below the folder, for `wandb sync` later.
@@ -526,14 +543,18 @@ class Curves:
         if find_spec("wandb") is None:
             raise Rejected(Reason.SETTING, "--wandb without the package", "pip install 'sn29[wandb]'", "--wandb")
         self._project, self._folder, self._config = project, folder, dict(config)
-        self._queue: Queue[tuple[Mapping[str, Any], int] | None] = Queue(_WANDB_QUEUE)
-        self._queue.put(({}, 0))  # opens it
+        self._queue: Queue[tuple[Mapping[str, Any], int, Done] | None] = Queue(_WANDB_QUEUE)
+        self._queue.put(({}, 0, _nobody_asks))  # opens it
         self._thread = threading.Thread(target=self._work, name="sn29-work-wandb", daemon=True)
         self._thread.start()
 
-    def log(self, values: Mapping[str, Any], step: int) -> None:
-        with suppress(Full):
-            self._queue.put_nowait((values, step))
+    def log(self, values: Mapping[str, Any], step: int, done: Done = _nobody_asks) -> None:
+        """`done` is called once it is known whether wandb has it, in the thread that sends; not at all when the program ends
+        before. It must not raise."""
+        try:
+            self._queue.put_nowait((values, step, done))
+        except Full:
+            done(False)
 
     def finish(self, within_s: float = 10.0) -> None:
         """Waits as long for all to be sent."""
@@ -546,16 +567,19 @@ class Curves:
     def _work(self) -> None:
         run, closed_until = None, 0.0
         while (item := self._queue.get()) is not None:
+            values, step, done = item
             if run is None and time.monotonic() < closed_until:
+                done(False)
                 continue
             try:
                 run = run or self._opened()
-                if item[0]:
-                    run.log(dict(item[0]), step=item[1])
+                if values:
+                    run.log(dict(values), step=step)
             except Exception as error:  # noqa: BLE001 - its errors have no common root, and none of them is the program's
                 run, closed_until = None, time.monotonic() + _WANDB_PAUSE_S
                 said = f"{type(error).__name__}: {error}"
                 warn("wandb", f"{said}; tried again in {_WANDB_PAUSE_S / 60:g} min, nothing waits for it")
+            done(run is not None)
         if run is not None:
             run.finish()
 

@@ -3,7 +3,8 @@
     newest two     of the other's records. If the newest is of the round that is due, what is remembered (crowns, weights) comes
                    from the one before it, and the newest one's losses let this validator judge that round itself, at once.
                    Else it begins from the newest alone: no round would ask for its losses. So it does where the round was judged
-                   by other files or software than ours, and leaves the open window to those who know by what it is judged
+                   by other files or software than ours, and leaves the open window to those who know by what it is judged, also
+                   where the newest is of an earlier round
     rows           models whose losses the record holds, whose commitment stands on chain, that the Hub still serves and our own
                    rules admit
     drawn          cells (model x text) of all rows, by a secret of this store: the same ones every time, and nobody else knows
@@ -46,7 +47,7 @@ from sn29.round import begin_with, check_record, commitments_at, window_samples
 from sn29.round_record import ModelRecord, RoundRecord, address
 from sn29.rules.competition import Competition, tokenizer_for
 from sn29.rules.selection import next_round
-from sn29.store import Imported, LossesOfAnother, StoredLoss
+from sn29.store import Imported, LossesOfAnother, RulesKept, StoredLoss
 from sn29.telemetry import stage, tell, warn
 
 _OTHER_MACHINE = {"float32": 1e-5, "bfloat16": 2e-3}
@@ -101,18 +102,14 @@ async def warm_start(ports: Ports, rules: Rules, named: Sequence[Path], *, cells
         tell("warm_start", "rounds were judged here already: nothing is taken over")
         return False
     newest, path, before = _newest(named)
-    lengths = {name: rules.at(name, 0).samples.window_blocks for name in rules.files}
-    due = next_round(lengths, (await ports.chain.finalized()).block, None, 1)
+    if _differences(rules, newest):
+        return await begin_from(ports, rules, newest, path)
+    due = await _due(ports, rules)
     if newest.head.block != due or before is None:
         why = (
             "has none beside it that it follows on" if newest.head.block == due else f"is not of the round that is due, of {due}"
         )
         tell("warm_start", f"{path} {why}: begun from without its losses, which no round would ask for")
-        return await begin_with(ports, newest)
-    if others := _differences(rules, newest):
-        what = f"{path} was judged by other rules than are here, named second ({'; '.join(others)})"
-        how = "begun from without its losses: the window that is open is left to those who judge it by the former"
-        warn("warm_start", f"{what}: {how}", block=due)
         return await begin_with(ports, newest)
     for record in (newest, before):
         await check_record(ports, record)
@@ -130,6 +127,26 @@ async def warm_start(ports: Ports, rules: Rules, named: Sequence[Path], *, cells
         how = f"{came.checked:,} were measured here and are the same to the bit, {random:,} of them drawn"
         tell("warm_start", f"{what}; {how}. Wrong ones would have gone unseen: {unseen}", block=came.block, cells=came.cells)
     return begun
+
+
+async def begin_from(ports: Ports, rules: Rules, record: RoundRecord, path: Path) -> bool:
+    """As `begin_with`; where it was judged by other rules than ours, that is said, and the window that is open is left out."""
+    others, due = _differences(rules, record), await _due(ports, rules)
+    begun = await begin_with(ports, record)
+    if begun and others:
+        is_open = due is not None and record.head.block < due
+        what = f"{path} was judged by other rules than are here, named second ({'; '.join(others)})"
+        by = "out, since by which it is judged is not known" if is_open else "to those who judge it by the former"
+        warn("warm_start", f"{what}: begun from without its losses: the window that is open is left {by}", block=due)
+        if due is not None and is_open:
+            ports.store.keep_rules(RulesKept(due, {}, {}))
+    return begun
+
+
+async def _due(ports: Ports, rules: Rules) -> int | None:
+    """Block of the round that would be due on a first start."""
+    lengths = {name: rules.at(name, 0).samples.window_blocks for name in rules.files}
+    return next_round(lengths, (await ports.chain.finalized()).block, None, 1)
 
 
 def _newest(named: Sequence[Path]) -> tuple[RoundRecord, Path, RoundRecord | None]:

@@ -17,18 +17,18 @@ from typing import Any
 import pytest
 from test_round import RULES, WINDOW, Subnet, subnet
 
-from neurons.adapters import RulesReader, Tokenizers, dataset_of, parse_texts
+from neurons.adapters import RulesReader, Tokenizers, dataset_of, parse_texts, read_texts
 from neurons.validator import NotedRules, _rounds
 from sn29 import rules
 from sn29.changeover import due, note, software
-from sn29.errors import Rejected
+from sn29.errors import Reason, Rejected
 from sn29.examination import Machine, Ports, Rules
 from sn29.hub import Hub
 from sn29.records import Head
 from sn29.round import Plan, plan_round, run_round
 from sn29.round_record import RoundRecord
 from sn29.settings import ValidatorSettings, read
-from sn29.store import ChainSeen, Store
+from sn29.store import Store
 
 __all__ = ["subnet"]
 OLD = {"c00.yaml": RULES}
@@ -51,7 +51,6 @@ def store(tmp_path: Path) -> Store:
 def judged(store: Store, block: int, texts=OLD, running=HERE, said=None) -> tuple[str, int, int | None] | None:
     """(texts of the rules that judge the round which is due at a final block, since, last), after a look with these."""
     note(store, block, texts, running, parse)
-    store.keep_chain_seen(ChainSeen(block, 0.0, 12.0, 360, 0))  # as the publisher does
     found = due(store, block, running, 2, parse, set() if said is None else said)
     if found is None:
         return None
@@ -127,18 +126,70 @@ def test_what_is_taken_back_before_its_block_never_held(store, events):
 
 
 @pytest.mark.parametrize("back", [3010, 3900, 9100])
-def test_who_did_not_look_since_the_newest_round_block_leaves_that_round_out(store, events, back):
+def test_who_did_not_look_since_a_round_block_leaves_out_what_came_from_there_on(store, events, back):
     """Whether the others got the new files before its block or after it cannot be known, however short it was away."""
     judged(store, 2010)
     finish(store, 2000)
     judged(store, 2999)
     following = (back // 1000 + 1) * 1000
-    assert judged(store, back, NEW) == ("new", following, None)
-    assert [sentence for event, sentence in events if event == "rules"] == [
-        f"new rules (c00.yaml has another text) take effect from block {following} on: nobody looked here since the newest round"
-        " block, so whether others had them before it is not known: it is left out"
+    assert judged(store, back, NEW) is None
+    assert events == [
+        (
+            "rules",
+            f"new rules (c00.yaml has another text) take effect from block {following} on: nobody looked here since block 3000,"
+            " so what others judge by from there on is not known: that is left out",
+        )
     ]
+    assert [kept.since for kept in store.rules_kept()] == [0, following]
     assert judged(store, following, NEW) == ("new", following, None)
+    finish(store, following)
+    judged(store, following + 10, THIRD)
+    assert [kept.since for kept in store.rules_kept(gaps=True)] == [following, following + 1000], "what is over is forgotten"
+
+
+def test_who_was_away_goes_on_with_the_round_that_is_open_by_the_rules_that_it_was_begun_with(store):
+    judged(store, 1010)
+    finish(store, 1000)
+    judged(store, 2010)
+    store.open_round(2000, {"rules": dict(parse(OLD).hashes)})
+    assert judged(store, 3010, NEW) == ("old", 0, 2999)
+    finish(store, 2000)
+    assert judged(store, 3500, NEW) is None, "3000 is left out"
+    assert judged(store, 4000, NEW) == ("new", 4000, None)
+
+
+def test_what_was_noted_for_a_block_that_passed_unseen_never_took_effect(store):
+    """The others may have had the third files before it, or after it."""
+    judged(store, 2010)
+    finish(store, 2000)
+    judged(store, 2500, NEW)
+    assert judged(store, 3010, THIRD) is None
+    assert [kept.since for kept in store.rules_kept(gaps=True)] == [0, 3000, 4000]
+    assert judged(store, 4000, THIRD) == ("third", 4000, None)
+
+
+@pytest.mark.parametrize("again", [OLD, THIRD])
+def test_files_that_change_again_bring_no_round_back_that_is_left_out(store, again):
+    judged(store, 2010)
+    finish(store, 2000)
+    assert judged(store, 3010, NEW) is None
+    assert judged(store, 3020, again) is None
+    assert judged(store, 3030, again) is None
+    assert judged(store, 4000, again)[1:] == (4000, None)
+
+
+def test_who_looked_all_the_time_was_here_though_busy_with_an_earlier_round(store):
+    """Nothing but the look itself tells so: the round of 3000 was not opened yet."""
+    judged(store, 1010)
+    finish(store, 1000)
+    judged(store, 2010)
+    store.open_round(2000, {"rules": dict(parse(OLD).hashes)})
+    written = []
+    for block in range(2020, 3016):
+        note(store, block, OLD, HERE, parse)
+        written.append(store.looked())
+    assert set(written) == {2010, 3000}, "one write a window"
+    assert judged(store, 3016, NEW) == ("old", 0, 3999)
 
 
 def test_who_looked_since_the_newest_round_block_judges_its_round_by_the_rules_of_before(store):
@@ -154,7 +205,6 @@ def test_with_windows_of_two_lengths_new_rules_hold_from_the_shorter_one_s_next_
     assert both["c01.yaml"] != THIRD["c01.yaml"]
     for block in (3010, 4010):
         note(store, block, both, HERE, parse)
-        store.keep_chain_seen(ChainSeen(block, 0.0, 12.0, 360, 0))
     note(store, 4500, {**both, **NEW}, HERE, parse)
     assert [kept.since for kept in store.rules_kept()] == [0, 5000], "c01's window is 3000 to 5999"
 
@@ -335,7 +385,7 @@ def test_a_round_before_the_last_that_may_be_judged_is_planned_only_while_it_is_
 
 
 def test_whatever_fails_while_the_rules_are_looked_at_ends_nothing(subnet, events):
-    """Here the store's file; as well a stale handle of a network's disk."""
+    """Here the store's file."""
     path = subnet.folder / "failing" / "store.db"
     store, hub = Store(path), Hub(subnet.hub.endpoint, timeout_s=2, attempts=1, pause_s=0.05)
     folder = subnet.folder / "competitions"
@@ -365,6 +415,51 @@ def test_whatever_fails_while_the_rules_are_looked_at_ends_nothing(subnet, event
     asyncio.run(story())
     assert [kept.since for kept in store.rules_kept()] == [0]
     store.close()
+
+
+def test_a_folder_of_files_that_cannot_be_asked_for_is_refused_in_words(tmp_path):
+    """Here by its name's length; a network's disk that is away fails so too."""
+    with pytest.raises(Rejected, match="File name too long"):
+        read_texts(tmp_path / ("n" * 300))
+
+
+class RefusedTwice:
+    """A chain that answers what cannot be right at first."""
+
+    def __init__(self, chain: Any) -> None:
+        self.chain, self.asked = chain, 0
+
+    async def finalized(self) -> Any:
+        self.asked += 1
+        if self.asked <= 2:
+            raise Rejected(Reason.SETTING, "a block", "another")
+        return await self.chain.finalized()
+
+
+def test_what_is_refused_while_the_rules_are_looked_at_is_said_once_and_no_bug(subnet, events):
+    store, hub = Store(subnet.folder / "refusing" / "store.db"), Hub(subnet.hub.endpoint, timeout_s=2, attempts=1, pause_s=0.05)
+    folder = subnet.folder / "competitions"
+    settings = read(ValidatorSettings, ["--network", "localnet", "--competitions.dir", str(folder)])
+
+    async def story() -> None:
+        async with subnet.chain("validator") as chain:
+            machine = Machine(folder.parent / "models", folder.parent / "records", "cpu", "float32", 1, 120, 60)
+            tokenizers = Tokenizers(hub, folder.parent / "tokenizers")
+            asked = RefusedTwice(chain)
+            ports = Ports(asked, hub, store, dataset_of(hub, folder), tokenizers, machine, subnet.evaluator)
+            noted, done = NotedRules(ports, RulesReader(settings), HERE, asyncio.Lock()), asyncio.Event()
+            watching = asyncio.create_task(noted.watch(done, 0.05))
+            async with asyncio.timeout(60):
+                while not store.rules_kept() and not watching.done():
+                    await asyncio.sleep(0.05)
+            done.set()
+            await watching
+
+    asyncio.run(story())
+    store.close()
+    (sentence,) = [sentence for event, sentence in events if event == "rules_unread"]
+    assert "another" in sentence
+    assert "bug" not in [event for event, _ in events]
 
 
 def test_files_that_come_during_a_round_are_noted_when_they_come(subnet, model):

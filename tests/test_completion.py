@@ -73,9 +73,10 @@ def test_commands_flags_choices_and_files_are_offered(scripts, shell, tmp_path):
     assert ask("config", "competitions", "ch") == [], "it has none"
     assert ask("train", "--competition", "") == []
     (tmp_path / "competitions").mkdir()
-    for name in ("c00.yaml", "c07.yaml", "hall_of_fame.yaml", "notes.txt"):
+    for name in ("c00.yaml", "c07.yaml", "hall_of_fame.yaml", "notes.txt", "$(touch${IFS}ran).yaml"):
         (tmp_path / "competitions" / name).touch()
     assert set(ask("train", "--competition", "")) == {"c00", "c07"}, "as they are there now"
+    assert not list(tmp_path.rglob("ran")), "names of files are not run"
     assert set(ask("validator", "--network", "")) == {"finney", "test", "local", "localnet"}
     assert set(ask("validator", "-n", "lo")) == {"local", "localnet"}
     assert set(ask("replay", "x", "--rule", "")) == {"oldest_holder", "pairwise_epsilon", "champion"}

@@ -22,7 +22,8 @@ from beacon import TestBeacon
 from loguru import logger
 from loopback_node import LoopbackNode
 
-from neurons.validator import _pause
+from neurons.ending import Stop
+from neurons.validator import _pause, _publish
 from sn29 import telemetry
 from sn29.chain import Chain, create_wallet, load_wallet
 from sn29.errors import Reason, Rejected, Unavailable
@@ -30,6 +31,7 @@ from sn29.localnet.ledger import Ledger, LedgerSubstrate
 from sn29.publication import Publisher, Step, distance
 from sn29.records import Head, Weights
 from sn29.round_record import RoundRecord
+from sn29.step_log import HeldSteps
 from sn29.store import ChainSeen, Sent, Store
 
 NETUID = 29
@@ -296,6 +298,37 @@ def test_a_validator_that_cannot_set_weights_still_sees_the_chain_grow(make, tmp
         asyncio.run(story())
     finally:
         telemetry.leave_status()
+
+
+def test_rounds_that_nobody_could_copy_are_logged_also_without_a_place_for_weights(make, tmp_path: Path) -> None:
+    subnet = make()
+    create_wallet("stranger", "default", tmp_path / "wallets")
+    subnet.later(3)
+    subnet.decide({0: {subnet.validator: 1.0}})
+    blocks: list[int] = []
+
+    async def story() -> None:
+        logged, store = asyncio.Event(), subnet.store()
+
+        def log(values: Mapping[str, Any], step: int, done: telemetry.Done) -> None:
+            blocks.append(step)
+            done(True)
+            logged.set()
+
+        held = HeldSteps(tmp_path / "held", store, log)
+        held.hold(RoundRecord(Head(2, "0x" + "0" * 64), {}, (), {}, (), {}, {0: Weights(2, {})}, {}, {}), {"block": 2})
+        async with subnet.chain("stranger") as chain:
+            publisher = Publisher(chain, store)
+            publishing = asyncio.create_task(_publish(publisher, Stop("validator", 5.0), 0.05, asyncio.Event(), held))
+            async with asyncio.timeout(60):
+                await logged.wait()
+            publishing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await publishing
+        store.close()
+
+    asyncio.run(story())
+    assert blocks == [2]
 
 
 def test_a_validator_without_a_permit_is_told_so_and_may_try_again(make) -> None:

@@ -522,19 +522,20 @@ def test_a_program_that_fails_says_why_in_its_last_word(tmp_path: Path) -> None:
                 raise error
 
     setting = Rejected(Reason.SETTING, "no wallet", "a wallet with a hotkey")
-    for error, said, counted in (
-        (None, "", 0),
-        (asyncio.CancelledError(), "", 0),
-        (setting, str(setting), 0),
-        (Unavailable("the node", "silent"), "the node: silent", 1),
-        (setting, str(setting), 1),
-        (None, "", 1),
+    for error, said, counted, refused in (
+        (None, "", 0, 0),
+        (asyncio.CancelledError(), "", 0, 0),
+        (setting, str(setting), 0, 1),
+        (Unavailable("the node", "silent"), "the node: silent", 1, 1),
+        (setting, str(setting), 1, 2),
+        (None, "", 1, 2),
     ):
         with nullcontext() if error is None else pytest.raises(type(error)):
             asyncio.run(run(error))
         last = telemetry.Status.from_json((tmp_path / telemetry.STATUS).read_bytes())
         assert (last.stage, last.detail) == (telemetry.STOPPED, said)
         assert len(last.starts) == counted, "only the one that could not stay up"
+        assert len(last.refused) == refused
 
 
 def test_a_port_that_is_taken_does_not_disturb_the_program(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ import pytest
 
 from sn29.records import Weights
 from sn29.round_record import RoundRecord
-from sn29.step_log import HeldSteps, step_log
+from sn29.step_log import MAX_HELD, HeldSteps, step_log
 from sn29.store import ChainSeen, Store
-from sn29.telemetry import Curves
+from sn29.telemetry import Curves, heard_by
 from tests.recorded import refused, round_record
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +85,11 @@ def test_a_step_waits_until_the_chain_shows_its_weights(tmp_path):
     """As the pages do; by the order of rounds, and beyond a restart."""
     with closing(Store(tmp_path / "store.db")) as store:
         sent: list[tuple[int, int]] = []
-        log = lambda values, step: sent.append((values["block"], step))  # noqa: E731
+
+        def log(values, step, done):
+            sent.append((values["block"], step))
+            done(True)
+
         held = HeldSteps(tmp_path / "held", store, log)
         held.show()
         first = finished(store, held, 7200)
@@ -108,6 +112,41 @@ def test_a_step_waits_until_the_chain_shows_its_weights(tmp_path):
         finished(store, second, 8280)
         assert sent[-1] == (8280, 8280), "set in the open: at once"
         assert list((tmp_path / "held").iterdir()) == []
+
+
+def test_a_step_is_kept_until_it_is_logged_and_the_next_one_waits_for_it(tmp_path):
+    """Weights & Biases drops a step that comes after a later one."""
+    with closing(Store(tmp_path / "store.db")) as store:
+        asked = []
+        held = HeldSteps(tmp_path / "held", store, lambda values, step, done: asked.append((step, done)))
+        store.keep_chain_seen(ChainSeen(7210, 0.0, 12.0, 360, 0))
+        for block in (7200, 7560):
+            finished(store, held, block)
+        held.show()
+        assert [step for step, _ in asked] == [7200], "it is on its way"
+        asked[-1][1](False)
+        assert len(list((tmp_path / "held").iterdir())) == 2
+        held.show()
+        assert [step for step, _ in asked] == [7200, 7200], "wandb did not take it"
+        asked[-1][1](True)
+        assert [path.name for path in (tmp_path / "held").iterdir()] == [f"{7560:012d}.json"]
+        HeldSteps(tmp_path / "held", store, lambda values, step, done: asked.append((step, done))).show()
+        held.show()
+        assert [step for step, _ in asked] == [7200, 7200, 7560, 7560], "also by another process, when ours has ended"
+
+
+def test_no_more_steps_are_held_than_some_weeks_have(tmp_path):
+    record = round_record(7200, TABLE, {"ann": 7000, "ben": 7100, "gone": 7150})
+    events = []
+    with closing(Store(tmp_path / "store.db")) as store, heard_by(events.append):
+        held = HeldSteps(tmp_path / "held", store, lambda values, step, done: None)
+        held.hold(record, {})
+        for block in range(MAX_HELD + 1):
+            (tmp_path / "held" / f"{block:012d}.json").write_text("{}")
+        held.hold(record, {})
+    kept = sorted(int(path.stem) for path in (tmp_path / "held").glob("*.json"))
+    assert kept == [*range(2, MAX_HELD + 1), 7200], "the newest"
+    assert [(e.event, e.fields["dropped"]) for e in events if e.level == "WARNING"] == [("wandb", 2)]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb, an extra, is not installed")
@@ -152,8 +191,8 @@ from pathlib import Path
 from sn29 import telemetry
 telemetry.configure()
 curves = telemetry.Curves("project", Path(sys.argv[1]), {"hotkey": sys.argv[2]})
-curves.log({"x": 1}, step=1)
-curves.log({"x": 2}, step=2)
+for step in (1, 2):
+    curves.log({"x": 1}, step, lambda taken, step=step: print("taken" if taken else "lost", step, flush=True))
 telemetry.tell("on", "the program goes on")
 curves.finish(float(sys.argv[3]))
 telemetry.tell("over", "it ends")
@@ -175,9 +214,9 @@ def _with_wandb(bad: str, folder: Path, hotkey: str = "5Ann", within_s: float = 
 @pytest.mark.parametrize(
     ("bad", "steps", "warning"),
     [
-        ("", ["opened", "sent", "sent", "finished"], ""),
-        ("login", [], "UsageError: no API key"),
-        ("log", ["opened"], "RuntimeError: the service is gone"),
+        ("", ["opened", "sent", "taken", "sent", "taken", "finished"], ""),
+        ("login", ["lost", "lost"], "UsageError: no API key"),
+        ("log", ["opened", "lost", "lost"], "RuntimeError: the service is gone"),
     ],
 )
 def test_what_fails_at_wandb_is_one_warning_and_nothing_more(bad, steps, warning, tmp_path):

@@ -27,6 +27,7 @@ from neurons.adapters import Tokenizers, dataset_of
 from neurons.validator import _until_it_answers
 from sn29 import record_files
 from sn29.chain import Chain
+from sn29.changeover import due, note, software
 from sn29.errors import Reason, Rejected, Unavailable
 from sn29.examination import Machine, Ports
 from sn29.hub import Hub
@@ -40,7 +41,7 @@ from sn29.records import ModelId
 from sn29.round_record import RoundRecord, address, canonical
 from sn29.settings import default_cache
 from sn29.store import Store
-from sn29.warm_start import warm_start
+from sn29.warm_start import begin_from, warm_start
 
 __all__ = ["subnet"]
 TEXTS = 8
@@ -66,8 +67,9 @@ def begin(
     dtype: str = "float32",
     waits: bool = False,
     nodes: Sequence[LoopbackNode] = (),
+    start: RoundRecord | None = None,
 ) -> bool:
-    """waits: as the validator does. nodes: one to be asked, and archives."""
+    """waits: as the validator does. nodes: one to be asked, and archives. start: that of --start-record."""
     store = Store(subnet.folder / state / "store.db")
     hub = Hub(subnet.hub.endpoint, timeout_s=2, attempts=1, pause_s=0.05)
     machine = Machine(subnet.folder / state / "models", subnet.folder / state / "records", "cpu", dtype, 1, 120, 60)
@@ -79,6 +81,8 @@ def begin(
             folder = subnet.folder / "competitions"
             tokenizers = Tokenizers(hub, subnet.folder / state / "tokenizers")
             ports = Ports(chain, hub, store, dataset_of(hub, folder), tokenizers, machine, subnet.evaluator)
+            if start is not None:
+                return await begin_from(ports, subnet.rules(), start, Path("RECORD"))
             if waits:
                 step = functools.partial(warm_start, ports, subnet.rules(), named, cells=cells)
                 await _until_it_answers(step, Publisher(chain, store), 0.05)
@@ -408,6 +412,33 @@ def test_a_window_that_others_judge_by_other_rules_is_left_to_them(judged, event
     assert f"{path} was judged by other rules than are here, named second (file of c00 {theirs[:12]} -> {sha[:12]}; " in first
     assert "c00.scoring.advantage.initial 0.004 -> 0.5): begun from without its losses" in first
     assert f"named second (numpy 1.0.0 -> {version('numpy')}): begun from without its losses" in second
+
+
+@pytest.mark.parametrize("how", ["warm", "start"])
+def test_who_begins_from_an_earlier_round_that_was_judged_by_other_rules_leaves_the_open_window_out(judged, events, how):
+    """Early in a window, the other validator is still at work on it."""
+    path, record = newest(judged, "first")
+    judged.next_window()
+    rules = judged.folder / "competitions" / "c00.yaml"
+    former = rules.read_text()
+    rules.write_text(former.replace("initial: 0.004", "initial: 0.5"))
+    if how == "warm":
+        assert begin(judged, "second", [judged.folder / "first"])
+    else:
+        assert begin(judged, "second", [], start=record)
+        assert not begin(judged, "second", [], start=record), "as each restart with the same flags does"
+        path = Path("RECORD")
+    texts, store = {"c00.yaml": rules.read_text()}, Store(judged.folder / "second" / "store.db")
+    opened = record.head.block + WINDOW
+    note(store, judged.ledger.head(), texts, software(), lambda _: judged.rules())
+    assert [kept.since for kept in store.rules_kept()] == [opened + WINDOW]
+    assert due(store, judged.ledger.head(), software(), 2, lambda _: judged.rules(), set()) is None
+    found = due(store, opened + WINDOW, software(), 2, lambda _: judged.rules(), set())
+    assert (found.since, found.last) == (opened + WINDOW, None)
+    store.close()
+    (sentence,) = said(events, "warm_start")
+    assert sentence.startswith(f"{path} was judged by other rules than are here, named second (file of c00 ")
+    assert sentence.endswith("the window that is open is left out, since by which it is judged is not known")
 
 
 def test_a_repository_that_is_closed_while_the_sample_is_measured_says_nothing_of_the_record(judged, events):

@@ -57,9 +57,10 @@ class Alarm:
 
 
 ALARMS: Mapping[str, str] = {
-    "status_old": "status.json is missing or older than a minute, or says that the program has ended without being asked to",
-    "restart_loop": "the program was started 4 times or more within 15 minutes, without starts that ended as they were asked to "
-    "or were refused for their settings",
+    "status_old": "status.json is missing or older than a minute, or says that the program has ended without being asked to; "
+    "a warning where it was asked to, an epoch ago or more",
+    "restart_loop": "the program was started 4 times or more within 15 minutes, without starts that ended as they were asked to; "
+    "a warning while it takes starts that were refused for their settings to be as many",
     "chain_old": "the newest final block, or the start where none was seen, is older than 25 blocks and a minute",
     "weights_old": "no weight set stands on chain that is younger than --weights.alarm-epochs epochs",
     "not_published": "every try to set weights has failed for 15 minutes",
@@ -400,10 +401,9 @@ def alarms(snapshot: Snapshot) -> list[Alarm]:
     """What is known of a program by its folder alone; nothing where no folder was named."""
     if snapshot.folder is None:
         return []
-    if snapshot.was_asked_to_stop:  # nobody works, sets weights or follows the chain, and whoever asked for that knows
-        found = [_disk_full(snapshot)]
-        return [alarm for alarm in found if alarm is not None]
-    checks = (_status_old, _restart_loop, _chain_old, _not_published, _disk_full, _round_overdue, _no_round, _bugs)
+    checks = [_status_old, _restart_loop, _chain_old, _not_published, _disk_full, _round_overdue, _no_round, _bugs]
+    if snapshot.was_asked_to_stop:  # nobody works or follows the chain, and whoever asked for that knows; for a while
+        checks = [_status_old, _disk_full]
     found = [check(snapshot) for check in checks]
     return [alarm for alarm in (*found, *_weights_old(snapshot)) if alarm is not None]
 
@@ -413,6 +413,10 @@ def _status_old(s: Snapshot) -> Alarm | None:
         return None
     if s.status is None:
         return Alarm("status_old", "critical", f"no {STATUS} in {s.folder}", _LOOK_AT_PROGRAM)
+    if s.was_asked_to_stop:  # or was to be started again, and ends before it can say so
+        age = s.at - s.status.updated
+        said = f"the program was asked to stop {lasting(age)} ago, and has not been at work since then"
+        return Alarm("status_old", "warning", said, _LOOK_AT_PROGRAM) if age >= s.epoch * s.block_seconds else None
     if s.status.stage == STOPPED:
         said = f"the program ended {lasting(s.at - s.status.updated)} ago: {s.status.detail}"
         return Alarm("status_old", "critical", said, _LOOK_AT_PROGRAM)
@@ -423,10 +427,16 @@ def _status_old(s: Snapshot) -> Alarm | None:
 
 def _restart_loop(s: Snapshot) -> Alarm | None:
     starts = [at for at in (s.status.starts if s.status else ()) if s.at - at < LOOP_S]
-    if len(starts) < LOOP_STARTS:
+    refused = [at for at in (s.status.refused if s.status else ()) if s.at - at < LOOP_S]
+    times = len(starts) + len(refused)
+    if times < LOOP_STARTS:
         return None
+    # Refused starts are a supervisor's loop, or a person's tries: no reason to end a program that is up by now.
+    level = "critical" if len(starts) >= LOOP_STARTS else "warning"
     advice = "its log says why it ends; `sn29 doctor validator` with the same flags checks all that it needs"
-    return Alarm("restart_loop", "critical", f"started {len(starts)} times within {lasting(LOOP_S)}", advice)
+    said = f"started {times} times within {lasting(LOOP_S)}"
+    said += f", {len(refused)} of them refused for their settings" if refused else ""
+    return Alarm("restart_loop", level, said, advice)
 
 
 def _chain_old(s: Snapshot) -> Alarm | None:

@@ -121,6 +121,27 @@ def test_a_program_that_was_stopped_and_started_again_and_again_does_stay_up(tmp
     telemetry.leave_status()
 
 
+def test_a_loop_of_refused_starts_is_a_warning_that_stays(tmp_path: Path) -> None:
+    telemetry.configure(level="CRITICAL")
+    path = tmp_path / telemetry.STATUS
+
+    def loop() -> list[tuple[str, str]]:
+        return [(a.level, a.sentence) for a in Reader(tmp_path).read().alarms if a.name == "restart_loop"]
+
+    for _ in range(3):
+        telemetry.keep_status(path, "validator")
+        assert loop() == [], "a person tries some settings"
+        telemetry.leave_status("the store is damaged", settled=True)
+    telemetry.keep_status(path, "validator")
+    try:
+        said = "started 4 times within 15 min, 3 of them refused for their settings"
+        assert loop() == [("warning", said)], "also in the seconds in which it runs"
+        assert Reader(tmp_path).read().is_healthy, "it may stay up now: nobody should end it for that"
+    finally:
+        telemetry.leave_status("the store is damaged", settled=True)
+    assert loop() == [("warning", said.replace("3 of them", "4 of them"))]
+
+
 def test_a_program_that_never_got_anywhere_is_not_well(tmp_path: Path) -> None:
     Store(tmp_path / "store.db").close()
     telemetry.configure(level="CRITICAL")
@@ -152,9 +173,15 @@ def test_a_program_that_ended_says_so_and_is_not_told_to_hang(tmp_path: Path) ->
     found = Reader(tmp_path, rules=rules).read()
     assert not found.is_live
     assert names(found) == [], "it was asked to"
-    later = [a.name for a in alarms(replace(found, at=found.at + 12 * WINDOW * 5)) if a.name != "disk_full"]
-    assert later == [], "nor for what nobody does since then"
     assert found.was_asked_to_stop
+
+    def after(epochs: float) -> dict[str, str]:
+        later = replace(found, at=found.at + epochs * found.epoch * found.block_seconds)
+        return {a.name: a.level for a in alarms(later) if a.name != "disk_full"}
+
+    assert after(0.9) == {}, "nor for what nobody does since then"
+    assert after(1.1) == {"status_old": "warning"}, "a start that ended before it could say so is seen in the end"
+    assert after(5) == {"status_old": "warning", "weights_old": "critical"}
     telemetry.keep_status(tmp_path / telemetry.STATUS, "validator")
     telemetry.leave_status("no wallet")
     (broken,) = [a for a in Reader(tmp_path, rules=rules).read().alarms if a.name == "status_old"]

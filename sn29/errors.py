@@ -164,8 +164,8 @@ class Unavailable(Sn29Error):
         super().__init__(f"{what}: {why}")
         self.what, self.why = what, why
         self.forgotten = forgotten
-        """Of a read: the nodes did answer, that they have thrown the block's state away, or it cannot be read by this version of the
-        SDK: asking them again changes nothing."""
+        """Of a read: the nodes did answer, that they have thrown the block's state away, or it cannot be read by this SDK: asking
+        them again changes nothing."""
         self.certain = certain
         """Of a write: the other side has for certain not taken it and never will, so it may be sent again at any time."""
         self.retry_s = retry_s

@@ -143,12 +143,12 @@ def test_a_silent_node_is_left_at_our_deadline(make_net: MakeNet) -> None:
         async with naive(net) as client:
             node_of(net).faults.silent = True
             assert await hangs(client.block())
-            with pytest.raises(Unavailable, match=r"did not answer within 0\.5 s"):
+            with pytest.raises(Unavailable, match=r"did not answer within 2 s"):
                 await chain.head()
             node_of(net).faults.silent = False
             assert (await chain.head()).block > 0
 
-    run(net.chain(deadline_s=0.5), story)
+    run(net.chain(deadline_s=2), story)
 
 
 def test_a_silent_handshake_too(make_net: MakeNet) -> None:
@@ -173,7 +173,7 @@ def test_another_endpoint_answers_for_a_silent_one(make_net: MakeNet) -> None:
             node_of(net).faults.silent = True
             client = bt.Client(node_of(net).url, fallback_endpoints=[second.url])
             assert await hangs(client.connect())
-            async with net.chain(fallbacks=[second.url], deadline_s=2) as chain:
+            async with net.chain(fallbacks=[second.url], deadline_s=12) as chain:
                 head = await chain.head()
                 assert head.hash == net.ledger.hash_of(head.block)
                 asked = second.traffic.total
@@ -234,7 +234,7 @@ def test_a_policy_refusal_is_waited_for_and_no_other_endpoint_bothered(make_net:
     async def story() -> None:
         with LoopbackNode(net.folder / "chain", beacon=net.beacon) as second:
             faults = node_of(net).faults
-            async with net.chain(fallbacks=[second.url], deadline_s=4) as chain:
+            async with net.chain(fallbacks=[second.url], deadline_s=12) as chain:
                 await chain.head()
                 if refusal == "429":
                     await chain.close()
@@ -265,7 +265,7 @@ def test_an_endpoint_that_shuts_us_out_does_not_keep_us_from_the_others(make_net
             with pytest.raises(bt.RpcPolicyError):
                 await client.connect()
             asked = node_of(net).traffic.total
-            async with net.chain(fallbacks=[second.url], deadline_s=4) as chain:
+            async with net.chain(fallbacks=[second.url], deadline_s=12) as chain:
                 for _ in range(3):
                     assert (await chain.head()).block > 0
             assert node_of(net).traffic.total <= asked + 1
@@ -301,7 +301,7 @@ def test_a_frozen_endpoint_is_left_and_what_is_final_never_goes_back(make_net: M
     async def story() -> None:
         with LoopbackNode(net.folder / "chain", beacon=net.beacon) as second:
             node_of(net).faults.stands_at = net.ledger.head()
-            async with naive(net) as client, net.chain(validator, fallbacks=[second.url], deadline_s=4) as chain:
+            async with naive(net) as client, net.chain(validator, fallbacks=[second.url], deadline_s=8) as chain:
                 stood = await client.finalized_block()
                 seen = [(await chain.finalized()).block]
                 decide(store, seen[0] + 20, {miner: 1.0})
@@ -478,7 +478,7 @@ def test_a_write_whose_answer_is_lost_is_read_back(make_net: MakeNet, fault: str
             assert receipt.verified_by_readback
             assert taken(net, one) == taken(net, two) == [b"landed"]
 
-    run(net.chain(two, deadline_s=1), story)
+    run(net.chain(two, deadline_s=4), story)
 
 
 def test_a_write_that_never_reached_the_node_does_not_spoil_the_next(make_net: MakeNet) -> None:
@@ -498,7 +498,7 @@ def test_a_write_that_never_reached_the_node_does_not_spoil_the_next(make_net: M
         await chain.commit(b"next")
         assert taken(net, two) == [b"next"]
 
-    run(net.chain(two, deadline_s=1), story)
+    run(net.chain(two, deadline_s=4), story)
 
 
 def test_a_write_that_is_never_included_ends_at_the_deadline(make_net: MakeNet) -> None:
@@ -514,11 +514,11 @@ def test_a_write_that_is_never_included_ends_at_the_deadline(make_net: MakeNet) 
         await chain.commit(b"found")
         assert taken(net, two) == [b"found"]
 
-    run(net.chain(two, deadline_s=1), story)
+    run(net.chain(two, deadline_s=4), story)
 
 
 def test_a_write_that_lands_late_is_not_written_twice(make_net: MakeNet) -> None:
-    net = make_net(block_seconds=0.1)
+    net = make_net(block_seconds=0.5)
     one, two = net.wallet("one"), net.wallet("two")
 
     async def story(chain: Chain) -> None:
@@ -536,7 +536,7 @@ def test_a_write_that_lands_late_is_not_written_twice(make_net: MakeNet) -> None
         assert taken(net, one) == [b"once", b"once"]
         assert taken(net, two) == [b"once"]
 
-    run(net.chain(two, deadline_s=0.3), story)
+    run(net.chain(two, deadline_s=1.5), story)
 
 
 def test_a_write_in_a_replaced_block_is_not_called_done(make_net: MakeNet) -> None:
@@ -558,7 +558,7 @@ def test_a_write_in_a_replaced_block_is_not_called_done(make_net: MakeNet) -> No
         assert taken(net, two) == [b"done"]
         assert [call.call.function for call in net.ledger.extrinsics(receipt.block)] == ["set_commitment"]
 
-    run(net.chain(two, deadline_s=5), story)
+    run(net.chain(two, deadline_s=30), story)
 
 
 def write_of(chain: Chain, what: str, miner: str) -> Awaitable[Any]:

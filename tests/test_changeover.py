@@ -295,7 +295,7 @@ def shape(node: Any) -> Any:
 def turn(subnet: Subnet, state: str, texts: Mapping[str, str], running: Mapping[str, str], *, judge: bool = True) -> int | None:
     """What the validator's loop does once with these files; block of the round that it planned. It is run if `judge`."""
     store = Store(subnet.folder / state / "store.db")
-    hub = Hub(subnet.hub.endpoint, timeout_s=2, attempts=1, pause_s=0.05)
+    hub = Hub(subnet.hub.endpoint, timeout_s=20, attempts=1, pause_s=0.05)
     machine = Machine(subnet.folder / state / "models", subnet.folder / state / "records", "cpu", "float32", 1, 120, 60)
 
     async def once() -> int | None:
@@ -350,7 +350,7 @@ class HeldHub(Hub):
     """Lists nothing before it is told to: so long a round lasts."""
 
     def __init__(self, endpoint: str) -> None:
-        super().__init__(endpoint, timeout_s=2, attempts=1, pause_s=0.05)
+        super().__init__(endpoint, timeout_s=20, attempts=1, pause_s=0.05)
         self.asked, self.go_on = threading.Event(), threading.Event()
 
     def listing(self, *words, **more):
@@ -370,7 +370,7 @@ def test_a_round_before_the_last_that_may_be_judged_is_planned_only_while_it_is_
 
     async def planned(last: int) -> Plan | None:
         async with subnet.chain("validator") as chain:
-            hub = Hub(subnet.hub.endpoint, timeout_s=2, attempts=1, pause_s=0.05)
+            hub = Hub(subnet.hub.endpoint, timeout_s=20, attempts=1, pause_s=0.05)
             machine = Machine(subnet.folder / "models", subnet.folder / "records", "cpu", "float32", 1, 120, 60)
             folder = subnet.folder / "competitions"
             tokenizers = Tokenizers(hub, subnet.folder / "tokenizers")
@@ -387,7 +387,7 @@ def test_a_round_before_the_last_that_may_be_judged_is_planned_only_while_it_is_
 def test_whatever_fails_while_the_rules_are_looked_at_ends_nothing(subnet, events):
     """Here the store's file."""
     path = subnet.folder / "failing" / "store.db"
-    store, hub = Store(path), Hub(subnet.hub.endpoint, timeout_s=2, attempts=1, pause_s=0.05)
+    store, hub = Store(path), Hub(subnet.hub.endpoint, timeout_s=20, attempts=1, pause_s=0.05)
     folder = subnet.folder / "competitions"
     settings = read(ValidatorSettings, ["--network", "localnet", "--competitions.dir", str(folder)])
 
@@ -437,7 +437,7 @@ class RefusedTwice:
 
 
 def test_what_is_refused_while_the_rules_are_looked_at_is_said_once_and_no_bug(subnet, events):
-    store, hub = Store(subnet.folder / "refusing" / "store.db"), Hub(subnet.hub.endpoint, timeout_s=2, attempts=1, pause_s=0.05)
+    store, hub = Store(subnet.folder / "refusing" / "store.db"), Hub(subnet.hub.endpoint, timeout_s=20, attempts=1, pause_s=0.05)
     folder = subnet.folder / "competitions"
     settings = read(ValidatorSettings, ["--network", "localnet", "--competitions.dir", str(folder)])
 

@@ -70,7 +70,7 @@ class Site:
     def validator(self, state: str, **machine: Any) -> Ports:
         folder = self.folder / state
         plain = Machine(folder / "models", folder / "records", "cpu", "float32", 1, 120, 60)
-        hub = Hub(self.server.endpoint, timeout_s=2, attempts=2, pause_s=0.05, say=telemetry.warn)
+        hub = Hub(self.server.endpoint, timeout_s=20, attempts=2, pause_s=0.05, say=telemetry.warn)
         unused: Any = None
         return Ports(unused, hub, Store(folder / "store.db"), unused, unused, replace(plain, **machine), self.evaluator)
 

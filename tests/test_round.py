@@ -122,7 +122,7 @@ def subnet(evaluator, tmp_path: Path) -> Iterator[Subnet]:
     ledger.close()
 
 
-def go(subnet: Subnet, state: str = "state", *, attempts: int = 1, timeout_s: float = 2, hub_kind=Hub, **machine):
+def go(subnet: Subnet, state: str = "state", *, attempts: int = 1, timeout_s: float = 20, hub_kind=Hub, **machine):
     """One round by the validator with this state folder; (store, record of the round)."""
     store = Store(subnet.folder / state / "store.db")
     hub = hub_kind(subnet.hub.endpoint, timeout_s=timeout_s, attempts=attempts, pause_s=0.05, say=telemetry.warn)

@@ -71,7 +71,7 @@ def begin(
 ) -> bool:
     """waits: as the validator does. nodes: one to be asked, and archives. start: that of --start-record."""
     store = Store(subnet.folder / state / "store.db")
-    hub = Hub(subnet.hub.endpoint, timeout_s=2, attempts=1, pause_s=0.05)
+    hub = Hub(subnet.hub.endpoint, timeout_s=20, attempts=1, pause_s=0.05)
     machine = Machine(subnet.folder / state / "models", subnet.folder / state / "records", "cpu", dtype, 1, 120, 60)
 
     async def story() -> bool:

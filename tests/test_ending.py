@@ -327,7 +327,7 @@ def run(program: str, localnet: Localnet, folder: Path, name: str, *flags: str) 
 
 
 def until(one: demo.Running, event: str) -> None:
-    ends = time.monotonic() + 120
+    ends = time.monotonic() + 240
     while not any(news["event"] == event for news in one.news()):
         assert one.process.poll() is None, f"ended before {event}: {one.errors.read_text()[-2000:]}"
         assert time.monotonic() < ends, f"no {event}: {one.errors.read_text()[-2000:]}"

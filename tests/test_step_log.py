@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from recorded import refused, round_record
 
 from sn29.records import Weights
 from sn29.round_record import RoundRecord
 from sn29.step_log import MAX_HELD, HeldSteps, step_log
 from sn29.store import ChainSeen, Store
 from sn29.telemetry import Curves, heard_by
-from tests.recorded import refused, round_record
 
 ROOT = Path(__file__).parents[1]
 TABLE = {"ann": (1000.0, 900.0, 1200.0, math.inf), "ben": (900.0, 800.0, 1300.0, 700.0), "gone": (990.0, 899.0, 1190.0, 690.0)}

@@ -342,7 +342,7 @@ def test_models_that_are_not_served_any_more_are_left_out(judged, events):
     assert stored(judged, "third").count_losses() == 0
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_new_validator_is_at_work_in_the_window_that_is_open(tmp_path, make_checkpoint):
     """Two real validators on a localnet; the second one starts when the first has judged two windows."""
     localnet = prepare(tmp_path / "localnet", text.build(default_cache()), block_seconds=0.5, window_blocks=4000)

@@ -244,13 +244,13 @@ def test_memory_is_that_of_a_few_tensors(forty_megabytes: Path, tmp_path: Path):
     ids=["tokens", "hidden"],
 )
 def test_an_operator_needs_the_tensor_twice(make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, operator: str):
-    """An embedding of 41 MB, read and written: 82 MB and what the allocator keeps, 116 MB in all; 171 to 173 when its mean was
-    taken of a copy in float64."""
+    """An embedding of 41 MB, read and written: 82 MB and what the allocator keeps, 116 MB in all (141 beside other work);
+    171 to 173 when its mean was taken of a copy in float64."""
     source = make_checkpoint(family, vocab_size=20_000, hidden_size=512, num_attention_heads=64)
     command = [sys.executable, "-c", _WRITER, str(source), str(tmp_path / "out"), operator]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     before, after = map(int, done.stdout.split())
-    assert after - before < 140_000_000
+    assert after - before < 155_000_000
 
 
 def test_a_killed_write_leaves_nothing_under_the_name(forty_megabytes: Path, tmp_path: Path):

@@ -17,7 +17,7 @@ from typing import Any
 from sn29.round_record import CompetitionRecord, ModelRecord, RoundRecord
 from sn29.rules.competition import competition_of
 from sn29.rules.scoring import win_matrix
-from sn29.store import Store
+from sn29.store import Store, shown_upto
 from sn29.telemetry import Done, warn
 
 MAX_HELD = 500
@@ -25,8 +25,8 @@ MAX_HELD = 500
 
 
 class HeldSteps:
-    """Steps that wait until the chain shows the weights of their rounds, as `report.snapshot.Snapshot.revealed` has it: others
-    would copy them before. Each is a file in a folder until it is logged, so that a restart loses none."""
+    """Steps that wait until the chain shows the weights of their rounds (`store.shown_upto`): others would copy them before.
+    Each is a file in a folder until it is logged, so that a restart loses none."""
 
     def __init__(self, folder: Path, store: Store, log: Callable[[Mapping[str, Any], int, Done], None]) -> None:
         """log(values, step, done), as of `telemetry.Curves`."""
@@ -60,7 +60,7 @@ class HeldSteps:
             except ValueError:  # cut short by a power failure
                 held = None
             if held is not None:
-                if held["pays"] and int(path.stem) > self._shown_upto():
+                if held["pays"] and int(path.stem) > self._shown():
                     return
                 self._on_its_way.set()
                 self._log(held["step"], int(path.stem), partial(self._done, path))
@@ -76,15 +76,10 @@ class HeldSteps:
                 return
         self._on_its_way.clear()
 
-    def _shown_upto(self) -> float:
-        """The newest block of whose rounds, and of those before, the chain shows all weights."""
-        seen, theirs = self._store.chain_seen(), self._store.taken_over()
-        if seen is not None and seen.reveal_epochs == 0:
-            return math.inf
+    def _shown(self) -> float:
+        theirs = self._store.taken_over()
         decided = {m: weights for m, weights in self._store.weights().items() if weights.block != theirs}
-        stands = {m: self._store.last_publication(m) for m in decided}
-        paying = [stood for m, stood in stands.items() if stood or decided[m].by_hotkey]
-        return min((stood[1].block if stood else -1 for stood in paying), default=-1)
+        return shown_upto(self._store.chain_seen(), [(one, self._store.last_publication(m)) for m, one in decided.items()])
 
 
 def step_log(record: RoundRecord, uids: Mapping[str, int], *, now: float, step_s: float) -> dict[str, Any]:

@@ -10,6 +10,7 @@ transaction. A file of a newer schema is refused.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import sqlite3
@@ -225,6 +226,18 @@ class ChainSeen:
     """Blocks."""
     reveal_epochs: int | None
     """Epochs until committed weights stand; 0 when they are set in the open, None while nobody has asked."""
+
+
+def shown_upto(seen: ChainSeen | None, mechanisms: Iterable[tuple[Weights | None, tuple[int, Weights] | None]]) -> float:
+    """The newest block of whose rounds, and of those before, everybody may see the weights: the chain shows them, or conceals
+    none. Of others nothing is told, or they would be copied.
+
+    mechanisms: of each the weights that were decided and are ours to publish, and (block, weights) of our set that stands.
+    """
+    if seen is not None and seen.reveal_epochs == 0:
+        return math.inf
+    paying = [stands for decided, stands in mechanisms if stands or (decided and decided.by_hotkey)]
+    return min((stands[1].block if stands else -1 for stands in paying), default=-1)
 
 
 Say = Callable[[str, str], None]

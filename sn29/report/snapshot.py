@@ -10,6 +10,7 @@ Nothing is written, and the store is opened for reading alone: the program that 
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import threading
 import time
@@ -25,7 +26,7 @@ from sn29.records import Outcome, Weights
 from sn29.replay import recompute
 from sn29.round_record import RoundRecord
 from sn29.rules.schedule import CompetitionFile
-from sn29.store import ChainSeen, Imported, RulesKept, Sent, reading
+from sn29.store import ChainSeen, Imported, RulesKept, Sent, reading, shown_upto
 from sn29.telemetry import STATUS, STOPPED, Status, Warned
 
 BLOCK_SECONDS = 12.0
@@ -163,12 +164,10 @@ class Snapshot:
     def revealed(self) -> Snapshot:
         """Without the rounds whose weights the chain does not show yet, or may not show: others would copy them. All is shown
         where it is known that weights are set in the open, and of records alone, which somebody has named."""
-        seen = self.facts.seen if self.facts else None
-        if self.folder is None or (seen is not None and seen.reveal_epochs == 0):
-            return self
         published = self.facts.published if self.facts else {}
-        paying = [one for one in published.values() if one.stands or (one.decided and one.decided.by_hotkey)]
-        upto = min((one.stands[1].block if one.stands else -1 for one in paying), default=-1)
+        upto = shown_upto(self.facts.seen if self.facts else None, [(one.decided, one.stands) for one in published.values()])
+        if self.folder is None or upto == math.inf:
+            return self
         shown = {m: replace(one, decided=one.stands[1] if one.stands else None) for m, one in published.items()}
         rounds = tuple(one for one in self.rounds if one.block <= upto or not one.pays)
         facts = replace(self.facts, published=shown) if self.facts else None
